@@ -63,7 +63,7 @@ func (c *portableConn) ReadBatch() ([]Group, error) {
 		n, from, err := c.uc.ReadFromUDPAddrPort(c.buf)
 		if err != nil {
 			reason, lost := dropReasonOf(err)
-			if !lost {
+			if !lost || reason == DropBadAddress {
 				return nil, fmt.Errorf("read udp: %w", err)
 			}
 			c.counters.drop(reason, 1)
@@ -81,6 +81,10 @@ func (c *portableConn) ReadBatch() ([]Group, error) {
 
 // WriteBatch implements Conn.
 func (c *portableConn) WriteBatch(pkts [][]byte, to Endpoint) error {
+	if !to.Addr.IsValid() {
+		c.counters.drop(DropBadAddress, len(pkts))
+		return nil
+	}
 	for _, p := range pkts {
 		_, err := c.uc.WriteToUDPAddrPort(p, to.Addr)
 		if err == nil {
