@@ -1,0 +1,199 @@
+// Package client is the client's engine: it keeps a session with a cluster
+// alive over an outer socket and carries inner packets through it. It doesn't
+// know what makes or takes those packets.
+//
+// The roads: packets from the netstack go Output → Seal → WriteBatch (send.go),
+// packets from the network ReadBatch → Open → Config.Input (receive.go); the
+// session's upkeep is control.go. Three goroutines at most touch a Client:
+// receiveLoop, controlLoop, and whoever calls Output; they meet in atomics and
+// one bounded channel, no locks.
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/anytun-go/anytun/anytun/session"
+	"github.com/anytun-go/anytun/anytun/udp"
+	"github.com/anytun-go/anytun/anytun/wire"
+)
+
+// Config is what a client needs. All fields but KeepAlive, MTU, OnSession and
+// Logger are required.
+type Config struct {
+	Conn      udp.Conn         // outer socket; Run closes it
+	Servers   []netip.AddrPort // service addresses, tried in turn
+	ServerKey session.PublicKey
+	Key       session.PrivateKey
+	KeepAlive time.Duration // proposed interval; 0: session.DefaultKeepAlive
+	MTU       int           // proposed inner MTU, bytes; 0 leaves it to the server
+
+	// Input takes opened inner packets, in order of arrival. They are valid
+	// until it returns. It is called from one goroutine.
+	Input func(pkts [][]byte)
+	// OnSession is called after every handshake, before packets of the new
+	// session are sent. It may be nil.
+	OnSession func(Session)
+	Logger    *slog.Logger // nil discards
+}
+
+// Session is what the cluster granted.
+type Session struct {
+	Number              uint32 // client number
+	Server              uint16 // number of the server that answered
+	Addresses, Gateways [2]netip.Addr
+	MTU                 int
+	FirstPort, LastPort uint16 // the client's ports
+	PublicPort          bool   // the Internet can reach them
+	KeepAlive           time.Duration
+	Cipher              wire.Cipher
+}
+
+// Status is a snapshot for people and metrics.
+type Status struct {
+	Session       Session
+	Connected     bool           // there is a session, and something was heard within two intervals
+	Endpoint      netip.AddrPort // service address in use
+	Observed      netip.AddrPort // our outer endpoint as the server sees it
+	RTT           time.Duration  // of the last answered keep-alive
+	SessionSince  time.Time
+	LastReceived  time.Time
+	Handshakes    uint64 // that succeeded
+	ServerChanges uint64 // times that packets began to come from another server
+}
+
+// active is a session in use.
+type active struct {
+	*session.Granted
+	to        udp.Endpoint
+	keepAlive time.Duration
+}
+
+// Client is one client. Its methods are safe for concurrent use.
+type Client struct {
+	cfg      Config
+	log      *slog.Logger
+	interval uint16 // proposed keep-alive, seconds
+
+	current  atomic.Pointer[active]
+	previous atomic.Pointer[active] // still opened, never sealed with
+
+	sent, received atomic.Int64 // UnixNano of the last packet each way
+	answering      atomic.Uint32
+	rtt            atomic.Int64
+	observed       atomic.Pointer[netip.AddrPort]
+	handshakes     atomic.Uint64
+	changes        atomic.Uint64
+	counters       counters
+	token          atomic.Uint64 // of the keep-alive that waits for its answer
+
+	// control carries copies of handshake messages from receiveLoop to
+	// controlLoop. When it is full the newest is dropped and counted: the
+	// attempt's own retry makes up for it.
+	control chan []byte
+	// refused: the server has said that it no longer knows us; kick: look again.
+	refused chan struct{}
+	kick    chan struct{}
+}
+
+// New checks the configuration and returns a client that does nothing until Run.
+func New(cfg Config) (*Client, error) {
+	if cfg.Conn == nil || cfg.Input == nil || len(cfg.Servers) == 0 {
+		return nil, errors.New("client: Conn, Input and Servers are required")
+	}
+	if cfg.ServerKey == (session.PublicKey{}) || cfg.Key == (session.PrivateKey{}) {
+		return nil, errors.New("client: ServerKey and Key are required")
+	}
+	if cfg.KeepAlive == 0 {
+		cfg.KeepAlive = session.DefaultKeepAlive
+	}
+	if cfg.KeepAlive < session.MinKeepAlive || cfg.KeepAlive > session.MaxKeepAlive {
+		return nil, fmt.Errorf("client: keep-alive interval must lie between %v and %v", session.MinKeepAlive, session.MaxKeepAlive)
+	}
+	if cfg.MTU != 0 && (cfg.MTU < wire.MinMTU || cfg.MTU > 65535-wire.Overhead-48) {
+		return nil, fmt.Errorf("client: inner MTU must be at least %d", wire.MinMTU)
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Client{
+		cfg: cfg, log: cfg.Logger, interval: uint16(cfg.KeepAlive / time.Second),
+		control: make(chan []byte, 16), refused: make(chan struct{}, 1), kick: make(chan struct{}, 1),
+	}, nil
+}
+
+// Run keeps the session until ctx ends, tells the server that the client
+// leaves, and closes the outer socket. It returns nil then, and an error when
+// the socket fails.
+func (c *Client) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	wg.Go(func() { cancel(c.receiveLoop()) })
+	c.controlLoop(ctx)
+	c.leave()
+	err := c.cfg.Conn.Close()
+	wg.Wait()
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		return fmt.Errorf("outer socket: %w", cause)
+	}
+	return err
+}
+
+// Hurry tells that the network may have changed: the client asks its server for
+// a sign of life at once.
+func (c *Client) Hurry() { notify(c.kick) }
+
+func notify(ch chan<- struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+// Status returns a snapshot.
+func (c *Client) Status() Status {
+	s := Status{
+		RTT: time.Duration(c.rtt.Load()), Handshakes: c.handshakes.Load(), ServerChanges: c.changes.Load(),
+	}
+	if p := c.observed.Load(); p != nil {
+		s.Observed = *p
+	}
+	if n := c.received.Load(); n != 0 {
+		s.LastReceived = time.Unix(0, n)
+	}
+	if a := c.current.Load(); a != nil {
+		s.Session = a.session()
+		if n := c.answering.Load(); n != 0 {
+			s.Session.Server = uint16(n)
+		}
+		s.Endpoint = a.to.Addr
+		s.SessionSince = a.Made
+		heard := a.Made
+		if s.LastReceived.After(heard) {
+			heard = s.LastReceived
+		}
+		s.Connected = time.Since(heard) < 2*a.keepAlive
+	}
+	return s
+}
+
+func (a *active) session() Session {
+	return Session{
+		Number: a.Grant.Client, Server: a.Server, MTU: int(a.MTU),
+		Addresses: [2]netip.Addr{netip.AddrFrom4(a.IPv4), netip.AddrFrom16(a.IPv6)},
+		Gateways:  [2]netip.Addr{netip.AddrFrom4(a.Gateway4), netip.AddrFrom16(a.Gateway6)},
+		FirstPort: a.FirstPort, LastPort: a.LastPort, PublicPort: a.PublicPort,
+		KeepAlive: a.keepAlive, Cipher: a.Grant.Cipher,
+	}
+}
+
+// jitter needs no secrecy: it only spreads retries.
+func jitter() float64 { return rand.Float64() }
