@@ -1,5 +1,7 @@
 package netstack
 
+import "sync/atomic"
+
 // Stats counts what a Stack has done since it was made.
 type Stats struct {
 	PacketsIn, BytesIn   uint64 // IP packets given to Input
@@ -8,11 +10,10 @@ type Stats struct {
 	Batches              uint64 // calls of Output
 
 	DropMalformed   uint64 // Input: not an IP packet, or cut off
-	DropNoForwarder uint64 // Input: a transport protocol nobody takes
-	DropForeignEcho uint64 // Input: ICMP echo request to an address not our own
-	DropOversize    uint64 // Output: a packet larger than MTU
+	DropProtocol    uint64 // Input: neither TCP nor UDP nor ICMP
+	DropForeignICMP uint64 // Input: ICMP to an address not our own that is no error message
+	DropOversize    uint64 // Output: a packet larger than the MTU
 	DropClosed      uint64 // Input or Output after Close
-	DropICMPLimit   uint64 // an ICMP error that the rate limit held back
 
 	TCPForwardFull uint64 // SYNs dropped because of ForwardTCP's maxInFlight
 
@@ -23,8 +24,40 @@ type Stats struct {
 	TCPTimeouts     uint64 // connections given up because the peer was silent
 	UDPBufferErrors uint64 // datagrams lost to a full receive buffer
 	DNSQueries      uint64 // questions the stack's resolvers sent
-	DNSCacheHits    uint64
+	DNSCacheHits    uint64 // lookups answered from a resolver's cache
+}
+
+// counters are those of the device.
+type counters struct {
+	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
+	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
+	forwardFull                                                            atomic.Uint64
 }
 
 // Stats returns the counters.
-func (s *Stack) Stats() Stats { return Stats{} }
+func (s *Stack) Stats() Stats {
+	c := &s.dev.counters
+	g := s.st.Stats()
+	return Stats{
+		PacketsIn:       c.packetsIn.Load(),
+		BytesIn:         c.bytesIn.Load(),
+		PacketsOut:      c.packetsOut.Load(),
+		BytesOut:        c.bytesOut.Load(),
+		Delivered:       c.delivered.Load(),
+		Batches:         c.batches.Load(),
+		DropMalformed:   c.dropMalformed.Load(),
+		DropProtocol:    c.dropProtocol.Load(),
+		DropForeignICMP: c.dropForeignICMP.Load(),
+		DropOversize:    c.dropOversize.Load(),
+		DropClosed:      c.dropClosed.Load(),
+		TCPForwardFull:  c.forwardFull.Load(),
+		TCPEstablished:  g.TCP.CurrentEstablished.Value(),
+		TCPRetransmits:  g.TCP.Retransmits.Value(),
+		TCPResetsOut:    g.TCP.ResetsSent.Value(),
+		TCPResetsIn:     g.TCP.ResetsReceived.Value(),
+		TCPTimeouts:     g.TCP.EstablishedTimedout.Value(),
+		UDPBufferErrors: g.UDP.ReceiveBufferErrors.Value(),
+		DNSQueries:      s.dnsQueries.Load(),
+		DNSCacheHits:    s.dnsHits.Load(),
+	}
+}

@@ -1,0 +1,223 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// The road in, all of it in Input's goroutine:
+//
+//	Input          walks the batch
+//	parseIP        malformed packets and unknown protocols are dropped
+//	admit          Forward only: UDP for others goes to ForwardUDP's handler,
+//	               ICMP for others is dropped
+//	joinable, run  counts the TCP segments that follow each other
+//	deliver        one copy to a gVisor buffer, one packet to gVisor
+//
+// gVisor's own goroutines take over where a packet reaches a TCP endpoint.
+
+// Protocol numbers of IANA.
+const (
+	protoHopByHop = 0
+	protoICMP     = 1
+	protoTCP      = 6
+	protoUDP      = 17
+	protoRouting  = 43
+	protoFragment = 44
+	protoICMPv6   = 58
+	protoDestOpts = 60
+)
+
+// packet is what the stack wants to know of an IP packet.
+type packet struct {
+	b    []byte // from the IP header to the end by the header's length
+	v4   bool
+	frag bool // part of a datagram
+	// proto is the protocol of the payload, IPv6's extension headers skipped.
+	proto byte
+	// l4 is the offset of the payload; meaningless in a fragment other than
+	// the first.
+	l4    int
+	first bool // not a fragment, or the first one
+}
+
+// parseIP looks at the IP header of b and cuts off what follows the packet.
+func parseIP(b []byte) (p packet, ok bool) {
+	if len(b) < header.IPv4MinimumSize {
+		return p, false
+	}
+	switch b[0] >> 4 {
+	case 4:
+		return parseIPv4(b)
+	case 6:
+		return parseIPv6(b)
+	}
+	return p, false
+}
+
+func parseIPv4(b []byte) (p packet, ok bool) {
+	n, hl := int(binary.BigEndian.Uint16(b[2:])), int(b[0]&15)*4
+	if hl < header.IPv4MinimumSize || n < hl || n > len(b) {
+		return p, false
+	}
+	offset := binary.BigEndian.Uint16(b[6:]) & 0x3fff // with the more-fragments bit
+	return packet{b: b[:n], v4: true, frag: offset != 0, first: offset&0x1fff == 0, proto: b[9], l4: hl}, true
+}
+
+func parseIPv6(b []byte) (p packet, ok bool) {
+	if len(b) < header.IPv6MinimumSize {
+		return p, false
+	}
+	n := header.IPv6MinimumSize + int(binary.BigEndian.Uint16(b[4:]))
+	if n > len(b) {
+		return p, false
+	}
+	p = packet{b: b[:n], first: true, proto: b[6], l4: header.IPv6MinimumSize}
+	// RFC 8200 section 4.1 knows each extension header once, destination
+	// options twice.
+	for range 8 {
+		rest := p.b[p.l4:]
+		switch p.proto {
+		case protoHopByHop, protoRouting, protoDestOpts:
+			if len(rest) < 8 || len(rest) < 8+8*int(rest[1]) {
+				return p, false
+			}
+			p.proto = rest[0]
+			p.l4 += 8 + 8*int(rest[1])
+		case protoFragment:
+			if len(rest) < 8 || p.frag {
+				return p, false
+			}
+			offset := binary.BigEndian.Uint16(rest[2:])
+			p.frag = offset&0xfff9 != 0 // RFC 6946: an atomic fragment is none
+			p.first = offset&0xfff8 == 0
+			p.proto = rest[0]
+			p.l4 += 8
+			if !p.first {
+				return p, true
+			}
+		default:
+			return p, true
+		}
+	}
+	return p, false
+}
+
+// payload returns what follows the IP headers.
+func (p *packet) payload() []byte { return p.b[p.l4:] }
+
+func (p *packet) source() netip.Addr {
+	if p.v4 {
+		return netip.AddrFrom4([4]byte(p.b[12:]))
+	}
+	return netip.AddrFrom16([16]byte(p.b[8:]))
+}
+
+func (p *packet) destination() netip.Addr {
+	if p.v4 {
+		return netip.AddrFrom4([4]byte(p.b[16:]))
+	}
+	return netip.AddrFrom16([16]byte(p.b[24:]))
+}
+
+// Input takes IP packets from the tunnel in their order of arrival. Neither
+// pkts nor the packets are kept or changed. Consecutive TCP segments of one
+// flow are joined before the stack sees them, so long batches are cheaper than
+// many short ones.
+func (s *Stack) Input(pkts [][]byte) {
+	d := s.dev
+	c := &d.counters
+	if d.inClosed.Load() {
+		c.dropClosed.Add(uint64(len(pkts)))
+		return
+	}
+	bytes := 0
+	for _, b := range pkts {
+		bytes += len(b)
+	}
+	c.packetsIn.Add(uint64(len(pkts)))
+	c.bytesIn.Add(uint64(bytes))
+	for i := 0; i < len(pkts); {
+		p, ok := parseIP(pkts[i])
+		if !ok {
+			c.dropMalformed.Add(1)
+			i++
+			continue
+		}
+		if !s.admit(&p) {
+			i++
+			continue
+		}
+		n, size := 1, len(p.b)
+		if r, ok := startRun(&p); ok {
+			for i+n < len(pkts) && r.add(pkts[i+n]) {
+				n++
+			}
+			size = r.size
+		}
+		d.deliver(&p, pkts[i+1:i+n], size)
+		i += n
+	}
+}
+
+// admit decides whether gVisor gets the packet, and does what is to be done
+// with it otherwise.
+func (s *Stack) admit(p *packet) bool {
+	c := &s.dev.counters
+	switch {
+	case p.proto == protoTCP:
+		if s.forward && p.first && len(p.payload()) >= header.TCPMinimumSize &&
+			p.payload()[13]&(flagSYN|flagACK|flagRST) == flagSYN {
+			s.endTimeWait(p)
+		}
+		return true
+	case p.proto == protoUDP:
+		return s.udp == nil || p.frag || !s.forwardUDP(p)
+	case p.v4 && p.proto == protoICMP, !p.v4 && p.proto == protoICMPv6:
+		if !p.frag && isICMPError(p) {
+			s.noteUnreachable(p)
+			return true
+		}
+		// In Forward mode gVisor would take an echo request to any address
+		// for its own and answer it.
+		if s.forward && !s.isOwn(p.destination()) {
+			c.dropForeignICMP.Add(1)
+			return false
+		}
+		return true
+	default:
+		c.dropProtocol.Add(1)
+		return false
+	}
+}
+
+// deliver hands p, and the payloads of the segments that follow it, size bytes
+// in all, to gVisor as one packet.
+func (d *device) deliver(p *packet, more [][]byte, size int) {
+	dispatcher := d.dispatcher.Load()
+	if dispatcher == nil {
+		d.counters.dropClosed.Add(uint64(1 + len(more)))
+		return
+	}
+	v := buffer.NewViewSize(size)
+	b := v.AsSlice()
+	copy(b, p.b)
+	proto := header.IPv4ProtocolNumber
+	if !p.v4 {
+		proto = header.IPv6ProtocolNumber
+	}
+	if len(more) > 0 {
+		join(b, p, more)
+	}
+	if !p.v4 && p.proto == protoICMPv6 && !p.frag {
+		simplifyUnreachable(b[p.l4:])
+	}
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(v)})
+	d.counters.delivered.Add(1)
+	(*dispatcher).DeliverNetworkPacket(proto, pkt)
+	pkt.DecRef()
+}

@@ -1,0 +1,136 @@
+package netstack
+
+import (
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// gate is where one direction of a socket waits. Whoever changes something
+// that a waiter must look at again calls wake: gVisor when the endpoint became
+// ready, a deadline that passed, Close. One goroutine waits at a time, which
+// is the one that holds the direction's lock.
+type gate struct {
+	ch chan struct{} // capacity 1: a wake before the wait isn't lost
+
+	mu      sync.Mutex
+	timer   *time.Timer // nil without a deadline in the future
+	expired bool
+}
+
+func (g *gate) init() { g.ch = make(chan struct{}, 1) }
+
+func (g *gate) wake() {
+	select {
+	case g.ch <- struct{}{}:
+	default:
+	}
+}
+
+// setDeadline sets the time from which on expired reports true; the zero time
+// means never.
+func (g *gate) setDeadline(t time.Time) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.timer != nil {
+		g.timer.Stop()
+		g.timer = nil
+	}
+	g.expired = false
+	if t.IsZero() {
+		return
+	}
+	d := time.Until(t)
+	if d <= 0 {
+		g.expired = true
+		g.wake()
+		return
+	}
+	var timer *time.Timer
+	timer = time.AfterFunc(d, func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.timer == timer { // not replaced meanwhile
+			g.timer = nil
+			g.expired = true
+			g.wake()
+		}
+	})
+	g.timer = timer
+}
+
+// stop releases the deadline's timer.
+func (g *gate) stop() { g.setDeadline(time.Time{}) }
+
+func (g *gate) isExpired() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.expired
+}
+
+const (
+	readEvents  = waiter.ReadableEvents | waiter.EventHUp | waiter.EventErr | waiter.EventRdHUp
+	writeEvents = waiter.WritableEvents | waiter.EventHUp | waiter.EventErr
+)
+
+// gates are the two directions of an endpoint, as gVisor's listener.
+type gates struct {
+	read, write gate
+	entry       waiter.Entry
+}
+
+func (g *gates) init(wq *waiter.Queue) {
+	g.read.init()
+	g.write.init()
+	g.entry.Init(g, readEvents|writeEvents)
+	wq.EventRegister(&g.entry)
+}
+
+// NotifyEvent implements waiter.EventListener. It may run under gVisor's locks
+// and so only wakes.
+func (g *gates) NotifyEvent(mask waiter.EventMask) {
+	if mask&readEvents != 0 {
+		g.read.wake()
+	}
+	if mask&writeEvents != 0 {
+		g.write.wake()
+	}
+}
+
+// close wakes everybody for good; the socket's closed flag is set before.
+func (g *gates) close() {
+	g.read.stop()
+	g.write.stop()
+	g.read.wake()
+	g.write.wake()
+}
+
+// sliceWriter lets gVisor write into a slice.
+type sliceWriter struct {
+	b []byte
+	n int
+}
+
+func (w *sliceWriter) Write(p []byte) (int, error) {
+	n := copy(w.b[w.n:], p)
+	w.n += n
+	if n < len(p) {
+		return n, errFull
+	}
+	return n, nil
+}
+
+// sliceReader lets gVisor read from a slice; it is a tcpip.Payloader.
+type sliceReader struct{ b []byte }
+
+func (r *sliceReader) Len() int { return len(r.b) }
+
+func (r *sliceReader) Read(p []byte) (int, error) {
+	if len(r.b) == 0 {
+		return 0, errEmpty
+	}
+	n := copy(p, r.b)
+	r.b = r.b[n:]
+	return n, nil
+}
