@@ -19,7 +19,8 @@ func dropReason(errno syscall.Errno) (DropReason, bool) {
 		return DropDenied, true
 	case syscall.ENOBUFS, syscall.ENOMEM:
 		return DropQueueFull, true
-	case syscall.EINVAL, syscall.EADDRNOTAVAIL, syscall.EAFNOSUPPORT, syscall.EDESTADDRREQ:
+	case syscall.EINVAL, syscall.EADDRNOTAVAIL, syscall.EAFNOSUPPORT, syscall.EDESTADDRREQ,
+		syscall.ENODEV, syscall.ENXIO:
 		return DropBadAddress, true
 	}
 	return 0, false
