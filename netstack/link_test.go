@@ -122,6 +122,20 @@ func (y *way) deliverLoop() {
 type pair struct {
 	client, server *Stack
 	up, down       *way // client to server, server to client
+	ended          bool
+}
+
+func (p *pair) close() {
+	if p.ended {
+		return
+	}
+	p.ended = true
+	p.client.Close()
+	p.server.Close()
+	close(p.up.queue)
+	close(p.down.queue)
+	<-p.up.done
+	<-p.down.done
 }
 
 type option func(client, server *Config)
@@ -156,14 +170,7 @@ func newPair(t testing.TB, opts ...option) *pair {
 	p.up.to, p.down.to = p.server, p.client
 	go p.up.deliverLoop()
 	go p.down.deliverLoop()
-	t.Cleanup(func() {
-		p.client.Close()
-		p.server.Close()
-		close(p.up.queue)
-		close(p.down.queue)
-		<-p.up.done
-		<-p.down.done
-	})
+	t.Cleanup(p.close)
 	return p
 }
 
