@@ -34,8 +34,10 @@ type received struct {
 // ReadBatch implements udp.Conn.
 func (c *Conn) ReadBatch() ([]udp.Group, error) {
 	// Whoever kept a packet of the last batch shall notice.
-	for i := range c.buf {
-		c.buf[i] = 0xdb
+	for _, p := range c.packets {
+		for i := range p {
+			p[i] = 0xdb
+		}
 	}
 	clear(c.groups)
 	c.buf, c.packets, c.groups = c.buf[:0], c.packets[:0], c.groups[:0]

@@ -62,8 +62,11 @@ func New(seed uint64) *Network {
 // Close closes all sockets and drops what is in flight.
 func (n *Network) Close() {
 	n.mu.Lock()
-	defer n.mu.Unlock()
+	defer n.unlockAndTell()
 	n.closed = true
+	for _, d := range n.flight {
+		n.dropLocked(d, DropDead)
+	}
 	n.flight = nil
 	if n.timer != nil {
 		n.timer.Stop()
@@ -168,13 +171,13 @@ func (n *Network) routeLocked(h *Host, addr netip.Addr) *Host {
 
 // datagram is one UDP packet on its way.
 type datagram struct {
-	from, to   netip.AddrPort
-	sender     *Host
-	host       *Host // behind a translator: set on arrival
-	nat        *NAT
-	payload    []byte
-	at         time.Time // of arrival
-	order      uint64
+	from, to netip.AddrPort
+	sender   *Host
+	host     *Host // receiver; behind a translator, nil until it is known
+	nat      *NAT
+	payload  []byte
+	at       time.Time // of arrival
+	order    uint64
 }
 
 // sendLocked puts a copy of payload on its way.
@@ -193,12 +196,15 @@ func (n *Network) sendLocked(h *Host, from, to netip.AddrPort, payload []byte) {
 		n.dropLocked(d, DropTooBig)
 		return
 	}
+	if d.nat = n.nats[to.Addr()]; d.nat != nil {
+		// Only to know whose link it is; the mapping counts on arrival.
+		d.host, _, _ = d.nat.inwardLocked(from, to)
+	} else if d.host = n.routeLocked(h, to.Addr()); d.host == nil {
+		n.dropLocked(d, DropNoRoute)
+		return
+	}
 	down := &Link{}
-	if d.nat = n.nats[to.Addr()]; d.nat == nil {
-		if d.host = n.routeLocked(h, to.Addr()); d.host == nil {
-			n.dropLocked(d, DropNoRoute)
-			return
-		}
+	if d.host != nil {
 		down = &d.host.down
 	}
 	d.payload = slices.Clone(payload)
