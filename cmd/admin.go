@@ -71,9 +71,10 @@ func ListenAdmin(address string, logger *slog.Logger) (net.Listener, error) {
 	return l, nil
 }
 
-// ListenError turns an error of opening a socket into a sentence with a hint.
+// ListenError turns an error of opening a socket into a sentence with a hint;
+// an error that isn't the system's speaks for itself.
 func ListenError(flag, address string, err error) error {
-	hint := "give an address of this host and a free port"
+	var hint string
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		hint = "another process has this port; stop it, or give another port with " + flag
@@ -85,11 +86,15 @@ func ListenError(flag, address string, err error) error {
 	return Failure(hint, "%s %s: %w", flag, address, rootCause(err))
 }
 
-// rootCause drops the repetition of the address that package net puts before
-// the cause.
+// rootCause drops the repetition of the address that package net and others put
+// before the cause.
 func rootCause(err error) error {
+	var errno syscall.Errno
 	var op *net.OpError
-	if errors.As(err, &op) {
+	switch {
+	case errors.As(err, &errno):
+		return errno
+	case errors.As(err, &op):
 		return op.Err
 	}
 	return err

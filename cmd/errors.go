@@ -89,3 +89,12 @@ func distance(a, b string) int {
 	}
 	return row[len(b)]
 }
+
+// First returns the first of the errors that errors.Join put together, so that
+// the user gets one sentence and its hint at a time.
+func First(err error) error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()[0]
+	}
+	return err
+}

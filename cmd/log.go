@@ -1,6 +1,7 @@
 package cmd
 
 import (
+	"context"
 	"io"
 	"log/slog"
 	"strings"
@@ -41,3 +42,34 @@ func NewLogger(w io.Writer, s *Settings) (*slog.Logger, error) {
 		return nil, Usage("give text or json", "--log-format: %q is not a format", name)
 	}
 }
+
+// Quieter returns a logger whose records count one level lower: what a part
+// thinks worth knowing (info) is detail (debug) when it is only part of a whole.
+func Quieter(logger *slog.Logger) *slog.Logger {
+	return slog.New(quieter{logger.Handler()})
+}
+
+type quieter struct{ slog.Handler }
+
+// lower leaves warnings and errors as they are.
+func lower(level slog.Level) slog.Level {
+	if level < slog.LevelWarn {
+		return level - (slog.LevelInfo - slog.LevelDebug)
+	}
+	return level
+}
+
+func (q quieter) Enabled(ctx context.Context, level slog.Level) bool {
+	return q.Handler.Enabled(ctx, lower(level))
+}
+
+func (q quieter) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = lower(r.Level)
+	return q.Handler.Handle(ctx, r)
+}
+
+func (q quieter) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return quieter{q.Handler.WithAttrs(attrs)}
+}
+
+func (q quieter) WithGroup(name string) slog.Handler { return quieter{q.Handler.WithGroup(name)} }
