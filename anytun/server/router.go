@@ -1,0 +1,69 @@
+package server
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/anytun-go/anytun/anytun/session"
+)
+
+// verdict is where an inner packet goes.
+type verdict int
+
+const (
+	toEgress  verdict = iota // out, or to a service of the servers
+	toClient                 // to another client of the cluster
+	toNowhere                // dropped, with a reason
+)
+
+// route decides about a packet that client from sent through an authentic data
+// message. It is pure: packet, sender and addressing decide alone.
+func route(p []byte, from uint32, in session.Inner) (v verdict, to uint32, why Drop) {
+	src, dst, ok := addresses(p)
+	if !ok {
+		return toNowhere, 0, DropMalformedInner
+	}
+	// Anti-spoofing: a client speaks for its own addresses alone.
+	if n, inner := in.Client(src); !inner || n != from {
+		return toNowhere, 0, DropSpoofed
+	}
+	if n, inner := in.Client(dst); inner {
+		switch n {
+		case session.Gateway:
+			return toEgress, 0, 0
+		case from:
+			return toNowhere, 0, DropLoop
+		}
+		return toClient, n, 0
+	}
+	if dst.IsMulticast() {
+		return toNowhere, 0, DropNoRoute // groups are a later version's
+	}
+	for _, r := range in.Prefixes() {
+		if r.Contains(dst) {
+			return toNowhere, 0, DropNoRoute // inside, but nobody's address
+		}
+	}
+	return toEgress, 0, 0
+}
+
+// addresses reads the addresses of a well-formed IPv4 or IPv6 packet.
+func addresses(p []byte) (src, dst netip.Addr, ok bool) {
+	if len(p) < 20 {
+		return src, dst, false
+	}
+	switch p[0] >> 4 {
+	case 4:
+		hl := int(p[0]&15) * 4
+		if hl < 20 || hl > len(p) || int(binary.BigEndian.Uint16(p[2:])) != len(p) {
+			return src, dst, false
+		}
+		return netip.AddrFrom4([4]byte(p[12:16])), netip.AddrFrom4([4]byte(p[16:20])), true
+	case 6:
+		if len(p) < 40 || int(binary.BigEndian.Uint16(p[4:]))+40 != len(p) {
+			return src, dst, false
+		}
+		return netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40])), true
+	}
+	return src, dst, false
+}

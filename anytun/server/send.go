@@ -1,0 +1,73 @@
+package server
+
+import (
+	"errors"
+	"net"
+
+	"github.com/anytun-go/anytun/anytun/wire"
+)
+
+// The road out, all of it inline in the caller's goroutine (the egress's
+// netstack, or receiveLoop for packets between clients):
+//
+//	output      whose packet: by the inner destination, a run at a time
+//	seal        in place, between the headroom and the tailroom
+//	WriteBatch  to where the client was last heard, from the address it asked
+
+// output sends inner packets to the clients they are for. Every element of bufs
+// is wire.DataHeaderLen + packet + wire.TagLen bytes long and is overwritten.
+// Safe for concurrent use.
+func (s *Server) output(bufs [][]byte) {
+	for len(bufs) > 0 {
+		client, ok := s.clientOf(bufs[0])
+		n := 1
+		for n < len(bufs) {
+			if c, o := s.clientOf(bufs[n]); c != client || o != ok {
+				break
+			}
+			n++
+		}
+		if !ok {
+			s.counters.drops[DropNoRoute].Add(uint64(n))
+		} else if p := s.table.lookup(client); p == nil {
+			s.counters.drops[DropOffline].Add(uint64(n))
+		} else if w := p.path.Load(); w == nil {
+			s.counters.drops[DropOffline].Add(uint64(n))
+		} else {
+			s.send(w, bufs[:n])
+		}
+		bufs = bufs[n:]
+	}
+}
+
+func (s *Server) clientOf(buf []byte) (client uint32, ok bool) {
+	_, dst, ok := addresses(buf[wire.DataHeaderLen : len(buf)-wire.TagLen])
+	if !ok {
+		return 0, false
+	}
+	return s.inner.Client(dst)
+}
+
+func (s *Server) send(w *path, bufs [][]byte) {
+	var n uint64
+	for _, b := range bufs {
+		n += uint64(len(b) - wire.Overhead)
+	}
+	w.Seal(bufs)
+	if err := w.conn.WriteBatch(bufs, w.to); err != nil {
+		if !errors.Is(err, net.ErrClosed) {
+			s.log.Debug("send failed", "error", err)
+		}
+		s.counters.drops[DropSend].Add(uint64(len(bufs)))
+		return
+	}
+	s.counters.sentPackets.Add(uint64(len(bufs)))
+	s.counters.sentBytes.Add(n)
+}
+
+// sendControl seals and sends one control message.
+func (s *Server) sendControl(w *path, msg []byte) {
+	b := make([]byte, wire.DataHeaderLen, wire.Overhead+len(msg))
+	b = append(b, msg...)
+	s.send(w, [][]byte{b[:cap(b)]})
+}

@@ -1,0 +1,231 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/anytun-go/anytun/anytun/session"
+	"github.com/anytun-go/anytun/anytun/udp"
+	"github.com/anytun-go/anytun/anytun/wire"
+)
+
+// Defaults of Config.
+const (
+	// DefaultMTU leaves room for the outer headers and for PPPoE below 1500.
+	DefaultMTU               = 1400
+	DefaultMaxFlows          = 65536
+	DefaultMaxFlowsPerClient = 16384
+)
+
+// Clients is who may use the cluster.
+type Clients interface {
+	// Lookup finds a client by its key.
+	Lookup(session.PublicKey) (number uint32, name string, ok bool)
+	// Enrolled says whether a client has this number.
+	Enrolled(number uint32) bool
+}
+
+// Egress is the way out: it takes inner packets of clients that are for the
+// world or for the servers' own addresses, and gives those that come back to
+// the output it was made with.
+type Egress interface {
+	// Input takes authentic packets whose source was checked. They are valid
+	// until it returns. It is called from several goroutines.
+	Input(pkts [][]byte)
+	// Run owns the egress's goroutines and returns after all have ended.
+	Run(ctx context.Context) error
+	// Drain refuses new flows from now on; those that are open go on.
+	Drain()
+}
+
+// Config is what a server needs. Conns, Cluster and Clients are required.
+type Config struct {
+	Conns     []udp.Conn // outer sockets; Run closes them
+	Cluster   *session.Cluster
+	Clients   Clients
+	Number    uint16        // this server's, unique in the cluster, from 1; 0: 1
+	KeepAlive time.Duration // longest interval granted; 0: session.DefaultKeepAlive
+	MTU       int           // largest inner packet, bytes; 0: DefaultMTU
+
+	// Egress makes the way out, which hands packets for clients to output, each
+	// with wire.DataHeaderLen bytes of room before and wire.TagLen after it. Nil:
+	// the host's sockets, with the settings that follow.
+	Egress            func(output func(bufs [][]byte)) (Egress, error)
+	DNS               []netip.AddrPort // upstream resolvers; none: the host's
+	AllowLocal        bool             // clients may reach this host's loopback and link-local addresses
+	MaxFlows          int              // TCP connections, UDP sockets and pings in all; 0: DefaultMaxFlows
+	MaxFlowsPerClient int              // and of one client; 0: DefaultMaxFlowsPerClient
+
+	// Rotated is called when an epoch's secret was erased: the key file should
+	// be written anew from Cluster.Marshal. It may be nil.
+	Rotated func()
+	Logger  *slog.Logger // nil discards
+}
+
+// Server is one server of a cluster. Its methods are safe for concurrent use.
+type Server struct {
+	cfg         Config
+	log         *slog.Logger
+	inner       session.Inner
+	verifier    *session.Verifier
+	table       *table
+	initiations chan *initiation
+	egress      Egress
+	counters    counters
+}
+
+// New checks the configuration and makes a server that does nothing until Run.
+func New(cfg Config) (*Server, error) {
+	if len(cfg.Conns) == 0 || cfg.Cluster == nil || cfg.Clients == nil {
+		return nil, errors.New("server: Conns, Cluster and Clients are required")
+	}
+	if cfg.Number == 0 {
+		cfg.Number = 1
+	}
+	if cfg.KeepAlive == 0 {
+		cfg.KeepAlive = session.DefaultKeepAlive
+	}
+	if cfg.KeepAlive < session.MinKeepAlive || cfg.KeepAlive > session.MaxKeepAlive {
+		return nil, fmt.Errorf("server: keep-alive interval must lie between %v and %v", session.MinKeepAlive, session.MaxKeepAlive)
+	}
+	if cfg.MTU == 0 {
+		cfg.MTU = DefaultMTU
+	}
+	if cfg.MTU < wire.MinMTU || cfg.MTU > 65535-wire.Overhead-48 {
+		return nil, fmt.Errorf("server: inner MTU must be at least %d", wire.MinMTU)
+	}
+	if cfg.MaxFlows == 0 {
+		cfg.MaxFlows = DefaultMaxFlows
+	}
+	if cfg.MaxFlowsPerClient == 0 {
+		cfg.MaxFlowsPerClient = DefaultMaxFlowsPerClient
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{
+		cfg: cfg, log: cfg.Logger,
+		inner:    session.NewInner(cfg.Cluster.Public()),
+		verifier: cfg.Cluster.Verifier(), table: newTable(),
+		initiations: make(chan *initiation, handshakeQueue),
+	}
+	open := cfg.Egress
+	if open == nil {
+		open = s.openSockets
+	}
+	var err error
+	if s.egress, err = open(s.output); err != nil {
+		return nil, fmt.Errorf("server: egress: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Server) openSockets(output func([][]byte)) (Egress, error) {
+	return newSockets(socketsConfig{
+		MTU: s.cfg.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
+		Gateway: []netip.Addr{s.inner.IPv4(session.Gateway), s.inner.IPv6(session.Gateway)},
+		Output:  output, ClientOf: s.inner.Client,
+		DNS: s.cfg.DNS, AllowLocal: s.cfg.AllowLocal,
+		MaxFlows: s.cfg.MaxFlows, MaxFlowsPerClient: s.cfg.MaxFlowsPerClient,
+		Logger: s.cfg.Logger,
+	})
+}
+
+// Run serves until ctx ends, then closes the outer sockets and returns nil; or
+// an error when a socket fails.
+func (s *Server) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, c := range s.cfg.Conns {
+		wg.Go(func() {
+			if err := s.receiveLoop(c); err != nil {
+				cancel(fmt.Errorf("outer socket %v: %w", c.LocalAddr(), err))
+			}
+		})
+	}
+	wg.Go(func() { s.handshakeLoop(ctx) })
+	wg.Go(func() { s.sweepLoop(ctx) })
+	wg.Go(func() {
+		if err := s.egress.Run(ctx); err != nil && ctx.Err() == nil {
+			cancel(fmt.Errorf("egress: %w", err))
+		}
+	})
+	<-ctx.Done()
+	for _, c := range s.cfg.Conns {
+		_ = c.Close() // what is still unsent is packet loss
+	}
+	wg.Wait()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+		return cause
+	}
+	return nil
+}
+
+// sweepLoop moves the epochs on and forgets silent sessions.
+func (s *Server) sweepLoop(ctx context.Context) {
+	t := time.NewTicker(10 * time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			s.sweep(now)
+		}
+	}
+}
+
+func (s *Server) sweep(now time.Time) {
+	before := s.cfg.Cluster.Epoch()
+	erased := s.cfg.Cluster.Advance(now)
+	if e := s.cfg.Cluster.Epoch(); e != before {
+		s.log.Info("new epoch", "epoch", e)
+	}
+	if erased && s.cfg.Rotated != nil {
+		s.cfg.Rotated()
+	}
+	idle := now.Add(-max(sessionIdle, 3*s.cfg.KeepAlive)).UnixNano()
+	for _, a := range s.table.sweep(func(a *association) bool {
+		return a.heard.Load() < idle || !s.cfg.Cluster.Valid(a.Epoch)
+	}) {
+		a.leave()
+	}
+	// A client that is silent for three intervals is gone: its peers' packets
+	// would only wake somebody else's NAT.
+	gone := now.Add(-3 * s.cfg.KeepAlive).UnixNano()
+	s.table.each(func(p *peer) {
+		if w := p.path.Load(); w != nil && w.heard.Load() < gone && p.path.CompareAndSwap(w, nil) {
+			s.log.Info("client is silent", "client", p.number)
+		}
+	})
+}
+
+// Reload ends the sessions of clients that are no longer enrolled, and tells
+// them so. To be called after the list of clients has changed.
+func (s *Server) Reload() {
+	for _, a := range s.table.sweep(func(a *association) bool { return !s.cfg.Clients.Enrolled(a.Client) }) {
+		if w := a.peer.path.Load(); w != nil && w.association == a {
+			s.sendControl(w, wire.AppendClose(nil, wire.CloseUnknown))
+		}
+		a.leave()
+		s.log.Info("client is no longer enrolled", "client", a.Client)
+	}
+}
+
+// Drain makes the server refuse new connections while open ones go on.
+func (s *Server) Drain() { s.egress.Drain() }
+
+// Egress returns the counters of egress by the host's sockets; all are zero with
+// another egress.
+func (s *Server) Egress() EgressStats {
+	if e, ok := s.egress.(*sockets); ok {
+		return e.Stats()
+	}
+	return EgressStats{}
+}
