@@ -36,6 +36,8 @@ type Conn struct {
 	br    *bufio.Reader // until EndHandshake
 	idle  *idleReader
 	early []byte // read ahead of the relay
+
+	deadline time.Time // of the handshake
 }
 
 func newConn(nc net.Conn) *Conn {
@@ -44,6 +46,21 @@ func newConn(nc net.Conn) *Conn {
 
 // Reader is where the handshake is read from; nil after EndHandshake.
 func (c *Conn) Reader() *bufio.Reader { return c.br }
+
+// begin starts the handshake's time.
+func (c *Conn) begin(limit time.Duration) error {
+	c.deadline = time.Now().Add(limit)
+	return c.SetDeadline(c.deadline)
+}
+
+// Unfinished is the reason of a handshake that could not be read to its end: out of time, or malformed, which includes
+// cut short. It asks the clock since not every parser wraps the errors it meets.
+func (c *Conn) Unfinished() Reason {
+	if !time.Now().Before(c.deadline) {
+		return ReasonHandshakeSlow
+	}
+	return ReasonMalformed
+}
 
 // EndHandshake keeps what is buffered behind the handshake and clears the handshake's deadline.
 func (c *Conn) EndHandshake() {

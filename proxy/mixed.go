@@ -3,7 +3,6 @@ package proxy
 import (
 	"context"
 	"net"
-	"time"
 )
 
 // Handler speaks one protocol with applications.
@@ -44,14 +43,14 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn) {
 	if !s.remember(c) {
 		return
 	}
-	if err := c.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout)); err != nil {
+	if err := c.begin(s.cfg.HandshakeTimeout); err != nil {
 		return
 	}
 	first, err := c.br.Peek(1)
 	if err != nil {
 		// A connection opened and closed without a word is somebody's health check.
-		if ReasonOfRead(err) == ReasonHandshakeSlow {
-			s.counters.Failure(ReasonHandshakeSlow)
+		if r := c.Unfinished(); r == ReasonHandshakeSlow {
+			s.counters.Failure(r)
 		}
 		return
 	}

@@ -141,11 +141,3 @@ func ReasonOf(err error) Reason {
 	}
 	return ReasonOther
 }
-
-// ReasonOfRead classifies an error met while reading a request: too slow, or malformed (which includes cut short).
-func ReasonOfRead(err error) Reason {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return ReasonHandshakeSlow
-	}
-	return ReasonMalformed
-}

@@ -346,7 +346,9 @@ func (s *Server) Dial(ctx context.Context, c *Conn, to Target) (net.Conn, error)
 	}
 	if err != nil {
 		s.counters.Failure(ReasonOf(err))
-		s.log.Debug("dial failed", "target", to, "error", err)
+		if s.log.Enabled(ctx, slog.LevelDebug) {
+			s.log.Debug("dial failed", "target", to, "error", err)
+		}
 		return nil, err
 	}
 	return remote, nil
@@ -365,5 +367,7 @@ func (s *Server) Tunnel(c *Conn, remote net.Conn) {
 	if r.expired.Load() {
 		s.counters.idleTunnels.Add(1)
 	}
-	s.log.Debug("tunnel ended", "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
+	if s.log.Enabled(context.Background(), slog.LevelDebug) {
+		s.log.Debug("tunnel ended", "remote", c.RemoteAddr(), "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
+	}
 }

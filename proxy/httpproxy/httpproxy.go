@@ -37,13 +37,11 @@ type Config struct {
 }
 
 const (
-	upstreamIdleTimeout     = time.Minute
-	upstreamIdlePerHost     = 8
-	continueTimeout         = time.Second // then the request's body is sent without waiting for "100 Continue"
-	maxRequestHeaderBytes   = 64 << 10
-	maxResponseHeaderBytes  = 256 << 10
-	tooLateToReply          = 499 // for our own log and counters only
-	connectEstablishedReply = "HTTP/1.1 200 Connection established\r\n\r\n"
+	upstreamIdleTimeout    = time.Minute
+	upstreamIdlePerHost    = 8
+	continueTimeout        = time.Second // then the request's body is sent without waiting for "100 Continue"
+	maxRequestHeaderBytes  = 64 << 10
+	maxResponseHeaderBytes = 256 << 10
 )
 
 // Handler is a proxy.Handler; it serves one proxy.Server. Safe for concurrent use.
@@ -51,7 +49,8 @@ type Handler struct {
 	server    *http.Server
 	transport *http.Transport
 	forward   *httputil.ReverseProxy
-	proxy     atomic.Pointer[proxy.Server] // known from the first connection on
+	first     sync.Once
+	proxy     *proxy.Server // known from the first connection on
 }
 
 // New returns a handler for proxy.Config.HTTP.
@@ -107,10 +106,11 @@ func (h *Handler) Drain() {
 // Serve implements proxy.Handler: net/http serves the connection as the only one of a listener of its own, until it has
 // ended or its request was CONNECT, which then goes on here, net/http's goroutine and buffers being gone.
 func (h *Handler) Serve(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
-	h.proxy.Store(s)
-	c.EndHandshake()
-	// net/http sets its own deadline per request; this is the one for the first.
-	_ = c.SetReadDeadline(time.Now().Add(s.HandshakeTimeout()))
+	h.first.Do(func() {
+		h.proxy = s
+		h.server.ReadHeaderTimeout = s.HandshakeTimeout()
+	})
+	c.EndHandshake() // net/http sets its own deadlines
 	ss := &session{ctx: ctx, proxy: s, conn: c, ended: make(chan struct{})}
 	// Serve returns when Accept fails, which it does after the connection's end.
 	_ = h.server.Serve(ss)
@@ -122,17 +122,23 @@ func (h *Handler) Serve(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 	}
 }
 
-// dial is the transport's: plain forwards are counted and limited like every dial. The application's hang-up cancels
-// the request's context.
+// dial is the transport's. The transport cuts its context off from the request's, so that a dial can serve whoever comes
+// next; here a dial ends with the request that wanted it, which is how the application's hang-up cancels it.
 func (h *Handler) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	s := h.proxy.Load()
+	s := h.proxy
 	ctx, cancel := context.WithTimeout(ctx, s.DialTimeout())
 	defer cancel()
+	if request, ok := ctx.Value(requestKey{}).(context.Context); ok {
+		defer context.AfterFunc(request, cancel)()
+	}
 	return s.Network().DialContext(ctx, network, address)
 }
 
-// sessionKey finds a request's session in its context.
-type sessionKey struct{}
+// sessionKey finds a request's session in its context, requestKey the request's context in that of a dial.
+type (
+	sessionKey struct{}
+	requestKey struct{}
+)
 
 // session is one connection, and to net/http a listener that has just this connection.
 type session struct {
@@ -141,16 +147,18 @@ type session struct {
 	conn    *proxy.Conn
 	ended   chan struct{}
 	once    sync.Once
-	taken   atomic.Bool   // by Accept
+	inner   *sessionConn  // set by the first Accept
 	begun   atomic.Uint64 // requests of which a byte was read
 	served  atomic.Uint64 // requests that were well-formed
+	taken   atomic.Bool   // by a handler that took the connection away from net/http
 	connect *proxy.Target // set by a CONNECT request before ended is closed
 }
 
 // Accept implements net.Listener.
 func (ss *session) Accept() (net.Conn, error) {
-	if ss.taken.CompareAndSwap(false, true) {
-		return &sessionConn{Conn: ss.conn.Conn, session: ss, early: ss.conn.TakeEarly()}, nil
+	if ss.inner == nil {
+		ss.inner = &sessionConn{Conn: ss.conn.Conn, session: ss, early: ss.conn.TakeEarly()}
+		return ss.inner, nil
 	}
 	<-ss.ended
 	return nil, net.ErrClosed
@@ -169,6 +177,8 @@ func (ss *session) changed(state http.ConnState) {
 	switch state {
 	case http.StateActive:
 		ss.begun.Add(1)
+	case http.StateHijacked:
+		ss.taken.Store(true)
 	case http.StateClosed:
 		ss.end()
 	default:

@@ -17,6 +17,7 @@ import (
 func (h *Handler) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	ss := r.Context().Value(sessionKey{}).(*session)
 	ss.served.Add(1)
+	defer ss.handled()
 	switch {
 	case r.ProtoMajor != 1: // the preface of HTTP/2
 		ss.proxy.Counters().Failure(proxy.ReasonMalformed)
@@ -32,6 +33,18 @@ func (h *Handler) serveHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		ss.proxy.Counters().Request(proxy.KindHTTPLocal)
 		serveLocal(w, r, ss)
+	}
+}
+
+// handled runs at a request's end, deferred.
+func (ss *session) handled() {
+	if ss.taken.Load() {
+		ss.end() // net/http tells nothing about the end of a connection taken away from it
+	}
+	if p := recover(); p != nil {
+		// The response was cut short. To a client that takes the connection's end for the body's it must not look whole.
+		ss.conn.Abort()
+		panic(p)
 	}
 }
 
@@ -95,11 +108,14 @@ func (h *Handler) serveConnect(w http.ResponseWriter, r *http.Request, ss *sessi
 	// What came behind the request belongs to the tunnel. It has to be taken here: the reader is net/http's.
 	if n := buffered.Reader.Buffered(); n > 0 {
 		p, _ := buffered.Reader.Peek(n) // can't fail: it is buffered
-		ss.conn.GiveEarly(append([]byte(nil), p...))
+		ss.conn.GiveEarly(p)
 	}
-	ss.connect = &target
-	ss.end()
+	ss.conn.GiveEarly(ss.inner.early) // not yet read by net/http
+	ss.inner.early = nil
+	ss.connect = &target // handled ends the session
 }
+
+const connectReply = "HTTP/1.1 200 Connection established\r\n\r\n"
 
 // connect is CONNECT after its request: dial first, then reply, so that the reply tells the truth.
 func connect(ctx context.Context, s *proxy.Server, c *proxy.Conn, to proxy.Target) {
@@ -110,7 +126,7 @@ func connect(ctx context.Context, s *proxy.Server, c *proxy.Conn, to proxy.Targe
 		c.CloseWith(failure(proxy.ReasonOf(err)))
 		return
 	}
-	if err := c.Reply([]byte(connectEstablishedReply)); err != nil {
+	if err := c.Reply([]byte(connectReply)); err != nil {
 		proxy.Abort(remote)
 		return
 	}
@@ -134,7 +150,7 @@ func refuse(w http.ResponseWriter, status int, kind, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Content-Length", fmt.Sprint(len(text)+1))
 	w.WriteHeader(status)
-	fmt.Fprintln(w, text)
+	_, _ = fmt.Fprintln(w, text) // the client may have gone
 }
 
 // serveForward passes a plain request on.
@@ -161,7 +177,7 @@ func (h *Handler) serveForward(w http.ResponseWriter, r *http.Request, ss *sessi
 		refuse(w, http.StatusBadRequest, "http_request_error", "the URL's host or port is none")
 	default:
 		ss.proxy.Counters().Request(proxy.KindHTTPForward)
-		h.forward.ServeHTTP(w, r)
+		h.forward.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestKey{}, r.Context())))
 	}
 }
 
@@ -179,7 +195,7 @@ func rewrite(pr *httputil.ProxyRequest) {
 
 // forwardFailed replies when no response came.
 func (h *Handler) forwardFailed(w http.ResponseWriter, r *http.Request, err error) {
-	s := h.proxy.Load()
+	s := h.proxy
 	reason := proxy.ReasonOf(err)
 	if r.Context().Err() != nil || errors.Is(err, context.Canceled) {
 		reason = proxy.ReasonCanceled

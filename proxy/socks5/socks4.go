@@ -30,6 +30,9 @@ func (h *Handler) serve4(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 		reason = proxy.ReasonAuth
 	}
 	if reason != proxy.ReasonNone {
+		if reason == proxy.ReasonMalformed {
+			reason = c.Unfinished()
+		}
 		s.Counters().Failure(reason)
 		c.CloseWith(reply4(reason, netip.AddrPort{}))
 		return
@@ -46,18 +49,18 @@ func (h *Handler) serve4(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 func parse4(r *bufio.Reader) (proxy.Kind, proxy.Target, proxy.Reason) {
 	head, err := r.Peek(8)
 	if err != nil {
-		return 0, proxy.Target{}, proxy.ReasonOfRead(err)
+		return 0, proxy.Target{}, proxy.ReasonMalformed
 	}
 	command, port, ip := head[1], binary.BigEndian.Uint16(head[2:]), netip.AddrFrom4([4]byte(head[4:8]))
 	_, _ = r.Discard(8) // can't fail: they were peeked
 	if _, err := readZeroEnded(r); err != nil {
-		return 0, proxy.Target{}, proxy.ReasonOfRead(err)
+		return 0, proxy.Target{}, proxy.ReasonMalformed
 	}
 	target := proxy.Target{Addr: ip, Port: port}
 	if a := ip.As4(); a[0] == 0 && a[1] == 0 && a[2] == 0 && a[3] != 0 {
 		name, err := readZeroEnded(r)
 		if err != nil {
-			return 0, proxy.Target{}, proxy.ReasonOfRead(err)
+			return 0, proxy.Target{}, proxy.ReasonMalformed
 		}
 		if target, err = proxy.NewTarget(name, port); err != nil {
 			return 0, proxy.Target{}, proxy.ReasonUnknownName

@@ -96,6 +96,9 @@ func (h *Handler) serve5(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 	}
 	req, reason := parse(c.Reader())
 	if reason != proxy.ReasonNone {
+		if reason == proxy.ReasonMalformed {
+			reason = c.Unfinished()
+		}
 		s.Counters().Failure(reason)
 		c.CloseWith(reply(reason, netip.AddrPort{}))
 		return
@@ -120,7 +123,7 @@ func (h *Handler) serve5(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 func negotiate(ctx context.Context, s *proxy.Server, c *proxy.Conn) bool {
 	greeting, err := statute.ParseMethodRequest(c.Reader())
 	if err != nil {
-		s.Counters().Failure(proxy.ReasonOfRead(err))
+		s.Counters().Failure(c.Unfinished())
 		c.CloseWith([]byte{statute.VersionSocks5, statute.MethodNoAcceptable})
 		return false
 	}
@@ -145,7 +148,7 @@ func negotiate(ctx context.Context, s *proxy.Server, c *proxy.Conn) bool {
 			c.CloseWith(nil) // the authenticator has replied
 			return false
 		}
-		s.Counters().Failure(proxy.ReasonOfRead(err))
+		s.Counters().Failure(c.Unfinished())
 		c.CloseWith([]byte{statute.UserPassAuthVersion, statute.AuthFailure})
 		return false
 	}
@@ -181,7 +184,7 @@ func parse(r io.Reader) (request, proxy.Reason) {
 		return request{}, proxy.ReasonAddressType
 	}
 	if err != nil {
-		return request{}, proxy.ReasonOfRead(err)
+		return request{}, proxy.ReasonMalformed
 	}
 	var req request
 	switch raw.Command {
