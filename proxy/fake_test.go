@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -151,7 +152,13 @@ func start(t *testing.T, change ...func(*options)) *gateway {
 	ctx, cancel := context.WithCancel(context.Background())
 	g := &gateway{Server: s, addr: l.Addr().String(), network: o.net, stop: cancel, served: make(chan error, 1)}
 	go func() { g.served <- s.Serve(ctx, l) }()
+	// All its goroutines must be there before somebody else takes the number of goroutines for the state of rest.
+	n := running.Add(1)
+	eventually(t, func() bool { return int64(strings.Count(stacks(), ").acceptLoop(")) >= n }, func() {
+		t.Error("the server does not begin to accept")
+	})
 	t.Cleanup(func() {
+		running.Add(-1)
 		cancel()
 		select {
 		case err := <-g.served:
@@ -165,11 +172,18 @@ func start(t *testing.T, change ...func(*options)) *gateway {
 			t.Errorf("%d connections are still open", n)
 		}
 		eventually(t, func() bool { return runtime.NumGoroutine() <= before }, func() {
-			buf := make([]byte, 1<<20)
-			t.Errorf("goroutines left:\n%s", buf[:runtime.Stack(buf, true)])
+			t.Errorf("goroutines left:\n%s", stacks())
 		})
 	})
 	return g
+}
+
+// running is the number of gateways.
+var running atomic.Int64
+
+func stacks() string {
+	buf := make([]byte, 1<<20)
+	return string(buf[:runtime.Stack(buf, true)])
 }
 
 // eventually waits for a condition, and complains if it never comes.

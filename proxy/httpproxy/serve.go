@@ -186,6 +186,7 @@ func (h *Handler) serveForward(w http.ResponseWriter, r *http.Request, ss *sessi
 // X-Forwarded-For: who sits behind the tunnel is nobody's business.
 func rewrite(pr *httputil.ProxyRequest) {
 	pr.Out.URL.RawQuery = pr.In.URL.RawQuery
+	pr.Out.Trailer = pr.In.Trailer // not a copy: it is filled in when the body has been read
 	for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if v, ok := pr.In.Header[name]; ok {
 			pr.Out.Header[name] = v
