@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+
+	"github.com/anytun-go/anytun/proxy"
 )
 
 // serveLocal answers requests addressed to the proxy itself. Nothing on these pages is secret, so they need no password:
@@ -67,8 +69,8 @@ func selfAddress(host string, local net.Addr) string {
 			return host
 		}
 	}
-	if t, ok := local.(*net.TCPAddr); ok {
-		return t.AddrPort().String()
+	if a := proxy.AddrPortOf(local); a.IsValid() {
+		return a.String()
 	}
 	return "127.0.0.1:1080"
 }
