@@ -59,7 +59,7 @@ func TestTransferBadWeather(t *testing.T) {
 		c, s := p.connect(t, at)
 		p.up.set(weather{loss: 0.01, dup: 0.02, reorder: 0.02})
 		p.down.set(weather{loss: 0.01, dup: 0.02, reorder: 0.02})
-		transfer(t, c, s, 1<<20)
+		transfer(t, c, s, 512<<10)
 		c.Close()
 		s.Close()
 	})
