@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -20,9 +21,9 @@ func TestEgressTCPEcho(t *testing.T) {
 	for _, at := range []string{"127.0.0.1:0", "[::1]:0"} {
 		t.Run(at, func(t *testing.T) {
 			r := newEgressRig(t)
-			ln, to := listenTCP(t, at)
+			ln, to := egressListenTCP(t, at)
 			c := r.dial(to)
-			h := accept(t, ln)
+			h := egressAccept(t, ln)
 			if _, err := c.Write([]byte("ping")); err != nil {
 				t.Fatal(err)
 			}
@@ -41,7 +42,7 @@ func TestEgressTCPEcho(t *testing.T) {
 			}
 			h.Close()
 			c.Close()
-			waitFor(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
+			egressUntil(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
 			if n := r.e.Stats().TCPReset; n != 0 {
 				t.Errorf("%d resets", n)
 			}
@@ -52,9 +53,9 @@ func TestEgressTCPEcho(t *testing.T) {
 // TestEgressTCPBulk sends much both ways at once, byte-exact.
 func TestEgressTCPBulk(t *testing.T) {
 	r := newEgressRig(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	c := r.dial(to)
-	h := accept(t, ln)
+	h := egressAccept(t, ln)
 	const size = 8 << 20
 	var wg sync.WaitGroup
 	send := func(w interface {
@@ -99,73 +100,75 @@ func TestEgressTCPHalfClose(t *testing.T) {
 		CloseWrite() error
 	}
 	for _, clientFirst := range []bool{true, false} {
-		r := newEgressRig(t)
-		ln, to := listenTCP(t, "127.0.0.1:0")
-		c := r.dial(to)
-		h := accept(t, ln)
-		var first, second end = c, h
-		if !clientFirst {
-			first, second = h, c
-		}
-		if _, err := first.Write([]byte("question")); err != nil {
-			t.Fatal(err)
-		}
-		if err := first.CloseWrite(); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := io.ReadAll(second); err != nil || string(got) != "question" {
-			t.Fatalf("read %q, %v", got, err)
-		}
-		if r.e.Stats().Flows != 1 {
-			t.Error("the flow is gone while half of it is open")
-		}
-		if _, err := second.Write([]byte("answer")); err != nil {
-			t.Fatal(err)
-		}
-		second.Close()
-		if got, err := io.ReadAll(first); err != nil || string(got) != "answer" {
-			t.Fatalf("read %q, %v", got, err)
-		}
-		waitFor(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
-		if n := r.e.Stats().TCPReset; n != 0 {
-			t.Errorf("%d resets", n)
-		}
+		t.Run(fmt.Sprint("client first ", clientFirst), func(t *testing.T) {
+			r := newEgressRig(t)
+			ln, to := egressListenTCP(t, "127.0.0.1:0")
+			c := r.dial(to)
+			h := egressAccept(t, ln)
+			var first, second end = c, h
+			if !clientFirst {
+				first, second = h, c
+			}
+			if _, err := first.Write([]byte("question")); err != nil {
+				t.Fatal(err)
+			}
+			if err := first.CloseWrite(); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := io.ReadAll(second); err != nil || string(got) != "question" {
+				t.Fatalf("read %q, %v", got, err)
+			}
+			if r.e.Stats().Flows != 1 {
+				t.Error("the flow is gone while half of it is open")
+			}
+			if _, err := second.Write([]byte("answer")); err != nil {
+				t.Fatal(err)
+			}
+			second.Close()
+			if got, err := io.ReadAll(first); err != nil || string(got) != "answer" {
+				t.Fatalf("read %q, %v", got, err)
+			}
+			egressUntil(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
+			if n := r.e.Stats().TCPReset; n != 0 {
+				t.Errorf("%d resets", n)
+			}
+		})
 	}
 }
 
 func TestEgressTCPReset(t *testing.T) {
 	t.Run("by host", func(t *testing.T) {
 		r := newEgressRig(t)
-		ln, to := listenTCP(t, "127.0.0.1:0")
+		ln, to := egressListenTCP(t, "127.0.0.1:0")
 		c := r.dial(to)
-		h := accept(t, ln)
+		h := egressAccept(t, ln)
 		egressReset(h)
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("client reads %v, want a reset", err)
 		}
-		waitFor(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
+		egressUntil(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
 		if n := r.e.Stats().TCPReset; n != 1 {
 			t.Errorf("%d resets counted", n)
 		}
 	})
 	t.Run("by client", func(t *testing.T) {
 		r := newEgressRig(t)
-		ln, to := listenTCP(t, "127.0.0.1:0")
+		ln, to := egressListenTCP(t, "127.0.0.1:0")
 		c := r.dial(to)
-		h := accept(t, ln)
+		h := egressAccept(t, ln)
 		if err := c.Abort(); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := h.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("host reads %v, want a reset", err)
 		}
-		waitFor(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
+		egressUntil(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
 	})
 }
 
 func TestEgressTCPRefused(t *testing.T) {
 	r := newEgressRig(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	ln.Close()
 	if _, err := r.client.DialTCP(r.ctx(), to); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("closed port: %v", err)
@@ -180,7 +183,7 @@ func TestEgressTCPRefused(t *testing.T) {
 
 func TestEgressTCPForbidden(t *testing.T) {
 	r := newEgressRig(t, func(c *socketsConfig) { c.AllowLocal = false })
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	for _, to := range []netip.AddrPort{
 		to,
 		netip.MustParseAddrPort("169.254.169.254:80"),
@@ -252,10 +255,10 @@ func TestEgressTCPDialLimit(t *testing.T) {
 			}
 		})
 	}
-	waitFor(t, "two dials", func() bool { return r.e.Stats().Dials == 2 })
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	egressUntil(t, "two dials", func() bool { return r.e.Stats().Dials == 2 })
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	c := r.dial(to) // its first SYN is dropped, a later one finds room
-	h := accept(t, ln)
+	h := egressAccept(t, ln)
 	st := r.e.Stats()
 	if st.DropDialsFull == 0 {
 		t.Error("no dial was above the limit")
@@ -267,12 +270,12 @@ func TestEgressTCPDialLimit(t *testing.T) {
 	h.Close()
 	cancel()
 	wg.Wait()
-	waitFor(t, "all flows to end", func() bool { return r.e.Stats().Flows == 0 })
+	egressUntil(t, "all flows to end", func() bool { return r.e.Stats().Flows == 0 })
 }
 
 func TestEgressTCPFlowLimit(t *testing.T) {
 	r := newEgressRig(t, func(c *socketsConfig) { c.MaxFlowsPerClient = 2 })
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	r.dial(to)
 	c := r.dial(to)
 	if _, err := r.client.DialTCP(r.ctx(), to); !errors.Is(err, syscall.EACCES) {
@@ -281,19 +284,19 @@ func TestEgressTCPFlowLimit(t *testing.T) {
 	if n := r.e.Stats().DropClientFull; n != 1 {
 		t.Errorf("%d flows counted as above the client's limit", n)
 	}
-	accept(t, ln)
-	h := accept(t, ln)
+	egressAccept(t, ln)
+	h := egressAccept(t, ln)
 	c.Close()
 	h.Close()
-	waitFor(t, "one flow to end", func() bool { return r.e.Stats().Flows == 1 })
+	egressUntil(t, "one flow to end", func() bool { return r.e.Stats().Flows == 1 })
 	r.dial(to)
 }
 
 func TestEgressDrain(t *testing.T) {
 	r := newEgressRig(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	c := r.dial(to)
-	h := accept(t, ln)
+	h := egressAccept(t, ln)
 	r.e.Drain()
 	ctx, cancel := context.WithTimeout(r.ctx(), 50*time.Millisecond)
 	defer cancel()
@@ -314,9 +317,9 @@ func TestEgressDrain(t *testing.T) {
 // TestEgressCloseClient ends the flows of one client.
 func TestEgressCloseClient(t *testing.T) {
 	r := newEgressRig(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	c := r.dial(to)
-	h := accept(t, ln)
+	h := egressAccept(t, ln)
 	r.e.CloseClient(8)
 	if n := r.e.Stats().Flows; n != 1 {
 		t.Fatalf("%d flows after another client was closed", n)
@@ -328,18 +331,18 @@ func TestEgressCloseClient(t *testing.T) {
 	if _, err := h.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("host reads %v", err)
 	}
-	waitFor(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
+	egressUntil(t, "the flow to end", func() bool { return r.e.Stats().Flows == 0 })
 }
 
 // TestEgressTCPIdle ends a connection that nobody has used for TCPTimeout, and
 // not one that was used.
 func TestEgressTCPIdle(t *testing.T) {
 	r := newEgressRig(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	idle := r.dial(to)
-	accept(t, ln)
+	egressAccept(t, ln)
 	used := r.dial(to)
-	h := accept(t, ln)
+	h := egressAccept(t, ln)
 	r.ahead.Store(int64(defaultTCPTimeout - time.Minute))
 	if _, err := used.Write([]byte("x")); err != nil {
 		t.Fatal(err)
@@ -351,7 +354,7 @@ func TestEgressTCPIdle(t *testing.T) {
 	if _, err := idle.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("idle connection reads %v", err)
 	}
-	waitFor(t, "one flow to end", func() bool { return r.e.Stats().Flows == 1 })
+	egressUntil(t, "one flow to end", func() bool { return r.e.Stats().Flows == 1 })
 	if n := r.e.Stats().TCPExpired; n != 1 {
 		t.Errorf("%d expired", n)
 	}
@@ -365,14 +368,14 @@ func TestEgressTCPIdle(t *testing.T) {
 func TestEgressShutdown(t *testing.T) {
 	r := newEgressRig(t)
 	dead := deafListener(t)
-	ln, to := listenTCP(t, "127.0.0.1:0")
+	ln, to := egressListenTCP(t, "127.0.0.1:0")
 	c := r.dial(to)
-	accept(t, ln)
+	egressAccept(t, ln)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { _, _ = r.client.DialTCP(ctx, dead) })
-	waitFor(t, "a dial", func() bool { return r.e.Stats().Dials == 1 })
+	egressUntil(t, "a dial", func() bool { return r.e.Stats().Dials == 1 })
 	r.cancel()
 	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("client reads %v", err)

@@ -162,7 +162,7 @@ func newEgressRig(t testing.TB, change ...func(*socketsConfig)) *egressRig {
 	ctx, cancel := context.WithCancel(context.Background())
 	r.cancel = cancel
 	go func() { r.done <- r.e.Run(ctx) }()
-	waitFor(t, "the egress to run", r.e.running.Load)
+	egressUntil(t, "the egress to run", r.e.running.Load)
 	t.Cleanup(r.close)
 	return r
 }
@@ -176,7 +176,7 @@ func (r *egressRig) close() {
 			r.t.Errorf("Run: %v", err)
 		}
 	case <-time.After(egressWait):
-		r.t.Errorf("Run does not return\n%s", stacks())
+		r.t.Errorf("Run does not return\n%s", egressStacks())
 		return
 	}
 	r.up.stop()
@@ -187,7 +187,7 @@ func (r *egressRig) close() {
 	}
 	deadline := time.Now().Add(egressWait)
 	for {
-		left := leftover()
+		left := egressLeftover()
 		if left == "" {
 			return
 		}
@@ -199,15 +199,18 @@ func (r *egressRig) close() {
 	}
 }
 
-func stacks() string {
+func egressStacks() string {
 	b := make([]byte, 1<<20)
 	return string(b[:runtime.Stack(b, true)])
 }
 
-// leftover returns the stacks of goroutines of the egress.
-func leftover() string {
+// egressLeftover returns the stacks of goroutines of the egress.
+func egressLeftover() string {
 	var out []string
-	for g := range strings.SplitSeq(stacks(), "\n\n") {
+	for g := range strings.SplitSeq(egressStacks(), "\n\n") {
+		if strings.Contains(g, "server.egressLeftover") {
+			continue
+		}
 		for _, mark := range []string{"server.(*sockets)", "server.(*dnsService)", "server.(*egress"} {
 			if strings.Contains(g, mark) {
 				out = append(out, g)
@@ -218,8 +221,8 @@ func leftover() string {
 	return strings.Join(out, "\n\n")
 }
 
-// waitFor waits until ok holds.
-func waitFor(t testing.TB, what string, ok func() bool) {
+// egressUntil waits until ok holds.
+func egressUntil(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(egressWait)
 	for !ok() {
@@ -250,8 +253,8 @@ func (r *egressRig) dial(to netip.AddrPort) *netstack.Conn {
 	return c
 }
 
-// listenTCP listens on the host's loopback.
-func listenTCP(t testing.TB, at string) (*net.TCPListener, netip.AddrPort) {
+// egressListenTCP listens on the host's loopback.
+func egressListenTCP(t testing.TB, at string) (*net.TCPListener, netip.AddrPort) {
 	t.Helper()
 	ln, err := net.Listen("tcp", at)
 	if err != nil {
@@ -268,8 +271,8 @@ func listenTCP(t testing.TB, at string) (*net.TCPListener, netip.AddrPort) {
 	return l, l.Addr().(*net.TCPAddr).AddrPort()
 }
 
-// accept takes one connection from the host's side.
-func accept(t testing.TB, ln *net.TCPListener) *net.TCPConn {
+// egressAccept takes one connection from the host's side.
+func egressAccept(t testing.TB, ln *net.TCPListener) *net.TCPConn {
 	t.Helper()
 	c, err := ln.AcceptTCP()
 	if err != nil {
@@ -282,7 +285,7 @@ func accept(t testing.TB, ln *net.TCPListener) *net.TCPConn {
 	return c
 }
 
-func writeFile(t testing.TB, path, text string) {
+func egressWriteFile(t testing.TB, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
