@@ -483,3 +483,42 @@ func TestContextEndsTheProxy(t *testing.T) {
 		t.Errorf("exit code %d: %s", c, log.Text())
 	}
 }
+
+// With the sockets egress BIND works for peers inside the tunnel only, and says
+// so for others.
+func TestBind(t *testing.T) {
+	_, address := startProxy(t)
+	for _, test := range []struct {
+		name  string
+		peer  []byte // ATYP, address
+		reply byte
+		bound string // first bytes of the bound address
+	}{
+		{"anybody", []byte{1, 0, 0, 0, 0}, 0, "\x01\x64\x40\x00\x01"},
+		{"a client", []byte{1, 100, 64, 0, 9}, 0, "\x01\x64\x40\x00\x01"},
+		{"a host outside", []byte{1, 192, 0, 2, 1}, 7, "\x01\x00\x00\x00\x00"},
+		{"a host outside, IPv6", append([]byte{4, 0x20, 0x01, 0x0d, 0xb8}, make([]byte, 12)...), 7, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if err := c.SetDeadline(time.Now().Add(cmdtest.Hangs)); err != nil {
+				t.Fatal(err)
+			}
+			request := append([]byte{5, 1, 0, 5, 2, 0}, test.peer...)
+			if _, err := c.Write(append(request, 0, 80)); err != nil {
+				t.Fatal(err)
+			}
+			answer := make([]byte, 2+4+4)
+			if _, err := io.ReadFull(c, answer); err != nil {
+				t.Fatal(err)
+			}
+			if answer[3] != test.reply || !strings.HasPrefix(string(answer[5:]), test.bound) {
+				t.Errorf("reply %d, bound %x; want %d, %x", answer[3], answer[5:], test.reply, test.bound)
+			}
+		})
+	}
+}

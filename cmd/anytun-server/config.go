@@ -155,7 +155,9 @@ func readCluster(path string, now time.Time) (c *session.Cluster, stale bool, er
 	if err != nil {
 		return nil, false, cmd.Usage("give the file that anytun-server keygen wrote", "cluster key %s: %w", path, err)
 	}
-	return c, !bytes.Equal(text, c.Marshal()), nil
+	// The secret is the last line: when the file has another one, that is older.
+	lines := bytes.Split(bytes.TrimSpace(c.Marshal()), []byte("\n"))
+	return c, !bytes.Contains(text, lines[len(lines)-1]), nil
 }
 
 func rootCause(err error) error {

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/anytun-go/anytun/anytun/session"
+	"github.com/anytun-go/anytun/cmd"
+	"github.com/anytun-go/anytun/cmd/cmdtest"
+)
+
+func startServer(t *testing.T, dir string, args ...string) (s *cmdtest.Running, admin string) {
+	t.Helper()
+	s = command.Start(t, append([]string{"--state-dir", dir, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"}, args...)...)
+	return s, s.Line(t, "admin pages")["address"].(string)
+}
+
+func TestServeAndReload(t *testing.T) {
+	dir := files(t)
+	s, admin := startServer(t, dir)
+	if line := s.Line(t, "serving"); line["clients"] != 1.0 || line["server_number"] != 1.0 {
+		t.Errorf("got %v", line)
+	}
+	response, err := http.Get("http://" + admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	page, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"anytun_ready 1", "anytun_server_sessions 0", `anytun_server_dropped_total{reason="forged"} 0`, `anytun_egress_flows{kind="udp"} 0`, `anytun_udp_dropped_total{reason="truncated",side="server"} 0`} {
+		if !strings.Contains(string(page), want+"\n") {
+			t.Errorf("the metrics page lacks %s:\n%s", want, page)
+		}
+	}
+
+	clients := filepath.Join(dir, "clients.txt")
+	write(t, clients, "nonsense\n", 0o600)
+	s.Signal(syscall.SIGHUP)
+	line := s.Line(t, "the clients stay as they were; correct the file and send SIGHUP again")
+	if text, _ := line["error"].(string); !strings.Contains(text, "clients.txt: line 1: ") {
+		t.Errorf("got %v", line)
+	}
+	write(t, clients, "# nobody\n", 0o600)
+	s.Signal(syscall.SIGHUP)
+	if line := s.Line(t, "read the clients file"); line["clients"] != 0.0 || line["gone"] != 1.0 {
+		t.Errorf("got %v", line)
+	}
+	r := command.Run(t, nil, "status", "--admin", admin)
+	if r.Code != cmd.ExitDone || !strings.Contains(r.Out, "clients enrolled  0\n") {
+		t.Errorf("status: exit code %d\n%s%s", r.Code, r.Out, r.Errors)
+	}
+	s.Signal(syscall.SIGTERM)
+	if code := s.Wait(); code != cmd.ExitDone {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func TestOccupiedPort(t *testing.T) {
+	taken, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	address := taken.LocalAddr().String()
+	r := command.Run(t, nil, "--state-dir", files(t), "--listen", "127.0.0.1:0", "--listen", address)
+	r.CheckError(t, "anytun-server", cmd.ExitFailure, "--listen "+address+": address already in use", "another process has this port")
+}
+
+func TestForeignAddress(t *testing.T) {
+	// 192.0.2.0/24 is for documentation; no host has an address of it.
+	r := command.Run(t, nil, "--state-dir", files(t), "--listen", "192.0.2.1:4444")
+	r.CheckError(t, "anytun-server", cmd.ExitFailure, "--listen 192.0.2.1:4444: cannot assign requested address", "this host doesn't have the address")
+}
+
+// A key file that was left alone for some epochs is rewritten at the start, so
+// that what was sent in between can't be opened with it.
+func TestOldSecretsAreErased(t *testing.T) {
+	dir := files(t)
+	path := filepath.Join(dir, "cluster.key")
+	old, err := session.NewCluster(time.Now().Add(-5 * session.DefaultEpoch))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := old.Marshal()
+	write(t, path, string(text), 0o600)
+	s, _ := startServer(t, dir)
+	s.Line(t, "erased an old epoch's secret")
+	now, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if secretLine(t, now) == secretLine(t, text) {
+		t.Error("the file still holds the old secret")
+	}
+	again, err := session.ParseCluster(now, time.Now())
+	if err != nil || again.Public() != old.Public() {
+		t.Errorf("the rewritten file has the public key %v, want %v; %v", again.Public(), old.Public(), err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+}
+
+func secretLine(t *testing.T, text []byte) string {
+	t.Helper()
+	_, after, ok := bytes.Cut(text, []byte("\nsecret = "))
+	if !ok {
+		t.Fatalf("no secret in %s", text)
+	}
+	return string(after)
+}
