@@ -2,8 +2,9 @@ package server
 
 import (
 	"encoding/binary"
-	"math/bits"
 	"net/netip"
+
+	"github.com/anytun-go/anytun/anytun/packet"
 )
 
 // IP protocol numbers that the egress tells apart.
@@ -161,7 +162,7 @@ func putIPHeader(b []byte, src, dst netip.Addr, proto uint8) {
 		s, d := src.As4(), dst.As4()
 		copy(b[12:], s[:])
 		copy(b[16:], d[:])
-		binary.BigEndian.PutUint16(b[10:], ^foldSum(sum16(0, b[:ipv4HeaderLen])))
+		binary.BigEndian.PutUint16(b[10:], packet.Checksum(b[:ipv4HeaderLen], 0))
 		return
 	}
 	binary.BigEndian.PutUint32(b, 6<<28)
@@ -182,44 +183,9 @@ func putUDPHeader(b []byte, from, to netip.AddrPort) {
 	binary.BigEndian.PutUint16(u[2:], to.Port())
 	binary.BigEndian.PutUint16(u[4:], uint16(len(u)))
 	u[6], u[7] = 0, 0
-	sum := ^foldSum(sum16(pseudoSum(b, hl, protoUDP), u))
+	sum := packet.Checksum(u, packet.PseudoSum(from.Addr(), to.Addr(), protoUDP, len(u)))
 	if sum == 0 {
 		sum = 0xffff // RFC 768: zero means none
 	}
 	binary.BigEndian.PutUint16(u[6:], sum)
-}
-
-// pseudoSum sums the pseudo header of the packet b, whose addresses end its IP
-// header of hl bytes.
-func pseudoSum(b []byte, hl int, proto uint8) uint64 {
-	at := 12
-	if hl == ipv6HeaderLen {
-		at = 8
-	}
-	return sum16(uint64(proto)+uint64(len(b)-hl), b[at:hl])
-}
-
-// sum16 adds b to a ones' complement sum (RFC 1071), eight bytes at a time.
-func sum16(sum uint64, b []byte) uint64 {
-	var carry uint64
-	for len(b) >= 8 {
-		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b), 0)
-		sum += carry
-		b = b[8:]
-	}
-	if len(b) > 0 {
-		var last [8]byte
-		copy(last[:], b)
-		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(last[:]), 0)
-		sum += carry
-	}
-	return sum
-}
-
-func foldSum(sum uint64) uint16 {
-	sum = sum>>32 + sum&0xffffffff
-	sum = sum>>16 + sum&0xffff
-	sum = sum>>16 + sum&0xffff
-	sum = sum>>16 + sum&0xffff
-	return uint16(sum)
 }

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/anytun-go/anytun/anytun/packet"
 )
 
 // egressPingOpen opens an ICMP socket: a ping socket, which the kernel gives to
@@ -58,6 +60,9 @@ func (f *egressPingFlow) endFlow() {
 	f.sock.close()
 }
 
+// egressRawPings is how many mappings share a raw socket at most.
+const egressRawPings = 1 << 15
+
 // egressRawPing shares a raw socket among mappings by identifiers of its own,
 // since those that clients choose may be equal.
 type egressRawPing struct {
@@ -69,20 +74,21 @@ type egressRawPing struct {
 
 // alloc gives f an identifier that is free, from a random start: one that was
 // just given back should not be the next, or late replies would reach a
-// stranger.
+// stranger. Only half of them are given, so that one is found after a look or
+// two.
 func (r *egressRawPing) alloc(f *egressPingFlow) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(r.id) >= egressRawPings {
+		return false
+	}
 	id := uint16(rand.Uint32())
-	for range 1 << 16 {
-		if r.id[id] == nil {
-			r.id[id] = f
-			f.id = id
-			return true
-		}
+	for r.id[id] != nil {
 		id++
 	}
-	return false
+	r.id[id] = f
+	f.id = id
+	return true
 }
 
 func (r *egressRawPing) free(f *egressPingFlow) {
@@ -325,7 +331,7 @@ func (e *sockets) pingInbound(peer netip.Addr, client netip.AddrPort, msg []byte
 		putICMPChecksum(reply, 0)
 	} else {
 		putIPHeader(pkt, peer, client.Addr(), protoICMPv6)
-		putICMPChecksum(reply, pseudoSum(pkt, hl, protoICMPv6))
+		putICMPChecksum(reply, packet.PseudoSum(peer, client.Addr(), protoICMPv6, len(reply)))
 	}
 	out.pkts = append(out.pkts, b)
 	e.flush(out)
@@ -334,7 +340,7 @@ func (e *sockets) pingInbound(peer netip.Addr, client netip.AddrPort, msg []byte
 
 // putICMPChecksum sets the checksum of a message; pseudo is the sum of what
 // else it covers.
-func putICMPChecksum(msg []byte, pseudo uint64) {
+func putICMPChecksum(msg []byte, pseudo uint16) {
 	msg[2], msg[3] = 0, 0
-	binary.BigEndian.PutUint16(msg[2:], ^foldSum(sum16(pseudo, msg)))
+	binary.BigEndian.PutUint16(msg[2:], packet.Checksum(msg, pseudo))
 }
