@@ -141,7 +141,7 @@ func testReplies(t *testing.T, n *network) {
 // testHostileDatagrams: what strangers and eavesdroppers can send to the
 // server's port is dropped and counted, and disturbs nobody.
 func testHostileDatagrams(t *testing.T, n *network) {
-	c := n.router.capture(t, fmt.Sprintf("udp port %d", serverPort))
+	c := n.router.capture(t, fmt.Sprintf("src host %s and udp dst port %d", natOuter4, serverPort))
 	n.curl(t, 30*time.Second, "-x", "socks5h://"+proxyAddr, url("http", webName, httpPort, "/"))
 	eventually(t, 10*time.Second, func() error {
 		if got := len(c.packets(t)); got < 8 {
@@ -158,7 +158,9 @@ func testHostileDatagrams(t *testing.T, n *network) {
 		t.Fatal(err)
 	}
 	target := netip.AddrPortFrom(srv4, serverPort)
-	for _, kind := range []string{"garbage", "truncated", "replayed", "forged"} {
+	for kind, reason := range map[string]string{
+		"garbage": "malformed", "truncated": "malformed", "replayed": "replay", "forged": "forged",
+	} {
 		t.Run(kind, func(t *testing.T) {
 			before, rss := n.drops(t), n.server.rss(t)
 			// From the router, an address that is not the client's.
@@ -175,10 +177,13 @@ func testHostileDatagrams(t *testing.T, n *network) {
 				}
 				return nil
 			})
-			for reason, v := range after {
-				if v != before[reason] {
-					t.Logf("%s: %v more", reason, v-before[reason])
+			for name, v := range after {
+				if v != before[name] {
+					t.Logf("%s: %v more", name, v-before[name])
 				}
+			}
+			if name := fmt.Sprintf("anytun_server_dropped_total{reason=%q}", reason); after[name] == before[name] {
+				t.Errorf("%s still counts %v", name, after[name])
 			}
 			// What doesn't outlive a datagram can't add up to megabytes.
 			if grown := n.server.rss(t) - rss; grown > 16<<20 {

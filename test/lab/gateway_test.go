@@ -106,7 +106,8 @@ func lab(t *testing.T, outer string) *network {
 	n := &network{five: f, place: &place{client: f.app, site: serve(t, f.dst, dst4, dst6)}, cluster: newCluster(t, f.srv)}
 	invite := n.cluster.invite(t, "laptop", outer)
 	n.server = n.cluster.startServer(t)
-	n.proxy = startProxy(t, f.app, "--server", invite)
+	// A destination that says nothing is given up after less than the default.
+	n.proxy = startProxy(t, f.app, "--server", invite, "--dial-timeout", "8s")
 	return n
 }
 

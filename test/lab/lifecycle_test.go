@@ -4,7 +4,6 @@ package lab
 
 import (
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -57,10 +56,8 @@ func TestServerReload(t *testing.T) {
 
 	h := &counter{}
 	done := make(chan result, 1)
-	inR, inW := io.Pipe()
-	defer inW.Close()
 	go func() {
-		done <- n.client.stream(t, 90*time.Second, inR, h, curlArgs(80*time.Second,
+		done <- n.client.stream(t, 90*time.Second, nil, h, curlArgs(80*time.Second,
 			"-x", "socks5h://"+proxyAddr, url("http", webName, httpPort, "/slow/slow.bin"))...)
 	}()
 	second := n.cluster.invite(t, "second", address)
@@ -169,7 +166,7 @@ func TestMistakes(t *testing.T) {
 		{"unreadable clients file", 2, []string{unreadable}, []string{server, "--listen", "127.0.0.1:4445", "--cluster-key", c.key, "--clients", unreadable}},
 		{"server port taken", 1, []string{"4444", "in use"}, []string{server, "--listen", "127.0.0.1:4444", "--cluster-key", c.key, "--clients", c.clients}},
 		{"proxy port taken", 1, []string{proxyAddr, "in use"}, []string{proxy, "--listen", proxyAddr}},
-		{"key over an existing key", 1, []string{c.key, "exists"}, []string{server, "keygen", "--out", c.key}},
+		{"key over an existing key", 2, []string{c.key, "exists"}, []string{server, "keygen", "--out", c.key}},
 		{"no such flag", 2, []string{"--lisen"}, []string{proxy, "--lisen", "127.0.0.1:1081"}},
 		{"bad address", 2, []string{"nonsense"}, []string{proxy, "--listen", "nonsense"}},
 		{"not an invite", 2, []string{"anytun://"}, []string{proxy, "--listen", "127.0.0.1:1081", "--server", "http://127.0.0.1"}},

@@ -34,6 +34,8 @@ const (
 	noName   = "nobody.lab.test"  // doesn't exist
 	longName = "long.lab.test"    // a TXT answer of about 3 kB
 	badName  = "refused.lab.test" // an address at which nothing listens
+
+	ptrAddress = "192.0.2.250" // whose name is webName
 )
 
 // A site is what the destination offers.
@@ -154,12 +156,11 @@ server:
   local-data: "%s 60 A %s"
   local-data: "%s 60 AAAA %s"
   local-data: "%s 60 A %s"
-  local-zone: "168.192.in-addr.arpa." transparent
   local-data-ptr: "%s 60 %s"
 %s
 remote-control:
   control-enable: no
-`, dnsPort, h.dir, webName, s.v4, webName, s.v6, v4Name, s.v4, v6Name, s.v6, badName, s.v4, s.v4, webName, long.String()))
+`, dnsPort, h.dir, webName, s.v4, webName, s.v6, v4Name, s.v4, v6Name, s.v6, badName, s.v4, ptrAddress, webName, long.String()))
 	d := h.start(t, "unbound", "unbound", "-d", "-c", conf)
 	d.listening(t, "udp", dnsPort)
 }

@@ -163,8 +163,8 @@ func testPython(t *testing.T, p *place) {
 	if got := p.ask(t, "resolve", v6Name); got != "0 "+p.site.v6.String() {
 		t.Errorf("resolve %s: %q", v6Name, got)
 	}
-	if got := strings.TrimSuffix(p.ask(t, "ptr", p.site.v4.String()), "."); got != "0 "+webName {
-		t.Errorf("ptr %s: %q", p.site.v4, got)
+	if got := strings.TrimSuffix(p.ask(t, "ptr", ptrAddress), "."); got != "0 "+webName {
+		t.Errorf("ptr %s: %q", ptrAddress, got)
 	}
 	if got := p.ask(t, "resolve", noName); strings.HasPrefix(got, "0 ") || got == "" {
 		t.Errorf("resolve %s: %q, want a refusal", noName, got)
@@ -194,15 +194,21 @@ func testMalformed(t *testing.T, p *place) {
 		{"unknown command", "050100" + "0509000100000000" + "0050", "0500" + "0507"},
 		{"unknown address type", "050100" + "05010009" + "00000000" + "0050", "0500" + "0508"},
 		{"socks4 unknown command", "0409" + "0050" + "7f000001" + "00", "005b"},
-		{"http without a target", "474554202f20485454502f312e310d0a486f73743a20780d0a0d0a", "485454502f312e3120343030"}, // GET / -> HTTP/1.1 400
+		// "GET oops" and "CONNECT nowhere HTTP/1.1", answered "HTTP/1.1 400"
+		{"http request line", "474554206f6f70730d0a0d0a", "485454502f312e3120343030"},
+		{"http connect without a port", "434f4e4e454354206e6f776865726520485454502f312e310d0a0d0a", "485454502f312e3120343030"},
 		{"not a protocol", "ff00ff00ff00ff00", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			got := p.ask(t, "raw", c.send)
 			if !strings.HasPrefix(got, c.want) {
 				t.Errorf("sent %s, got %s, want %s…", c.send, got, c.want)
 			}
-			if c.want == "" && strings.Fields(got)[0] != "closed" {
+			if !strings.HasSuffix(got, "closed") {
+				t.Errorf("sent %s, got %s, want the end of the connection", c.send, got)
+			}
+			if c.want == "" && got != "closed" {
 				t.Errorf("sent %s, got %s, want nothing and the end", c.send, got)
 			}
 		})

@@ -10,7 +10,8 @@ usage: socks.py [--proxy HOST:PORT] [--auth USER:PASSWORD] COMMAND ...
   bind HOST PORT            BIND; print each reply's code and address as it comes
   forward PORT HOST PORT    UDP ASSOCIATE; carry datagrams between UDP port PORT of
                             127.0.0.1 and the target until stdin ends
-  raw HEX                   send bytes; print what comes back until the end, in hex
+  raw HEX                   send bytes; print what comes back, in hex, and the end:
+                            closed, reset, or open when there was none
   kept HOST PORT PATH       one connection; for every line on stdin, a GET on it;
                             print the status
 """
@@ -179,15 +180,17 @@ def forward(args):
 
 def raw(args):
     s = open_proxy(args)
+    s.settimeout(20)
     s.sendall(bytes.fromhex(args.hex))
-    got = b""
+    got, end = b"", "closed"
     try:
         while part := s.recv(65536):
             got += part
     except ConnectionResetError:
-        print(got.hex(), "reset")
-        return
-    print(got.hex(), "closed")
+        end = "reset"
+    except TimeoutError:
+        end = "open"
+    print(got.hex(), end)
 
 
 def kept(args):
