@@ -61,6 +61,8 @@ func newHost(t *testing.T, label, resolver string) *host {
 	}
 	ip(t, "netns", "add", h.ns)
 	ip(t, "-n", h.ns, "link", "set", "lo", "up")
+	// Link-local addresses usable at once: nobody else can have them here.
+	h.sysctl(t, "net.ipv6.conf.default.accept_dad=0")
 	return h
 }
 

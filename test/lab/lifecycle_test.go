@@ -196,7 +196,7 @@ func TestMistakes(t *testing.T) {
 		// The invite's server, at a port where nobody answers: the proxy keeps
 		// trying, says so, isn't ready, and refuses connections in bounded time.
 		dead := strings.Replace(invite, ":4444", ":4999", 1)
-		d := h.start(t, "anytun-proxy", ordinary(program(t, proxy), "--listen", "127.0.0.1:1081", "--server", dead, "--admin", "127.0.0.1:9081")...)
+		d := h.start(t, "anytun-proxy", ordinary(program(t, proxy), "--listen", "127.0.0.1:1081", "--server", dead, "--admin", "127.0.0.1:9081", "--dial-timeout", "3s")...)
 		d.listening(t, "tcp", 1081)
 		eventually(t, 30*time.Second, func() error {
 			if !strings.Contains(d.printed(), "127.0.0.1:4999") {
