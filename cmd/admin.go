@@ -162,18 +162,18 @@ func (a *Admin) status() Status {
 func (a *Admin) servePage(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	a.status().Write(w)
-	io.WriteString(w, "\n/healthz /readyz /metrics /status /debug/pprof/\n")
+	fmt.Fprint(w, "\n/healthz /readyz /metrics /status /debug/pprof/\n")
 }
 
 func (a *Admin) serveStatus(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
-	enc.Encode(a.status()) // an error means that the asker went away
+	_ = enc.Encode(a.status()) // an error means that the asker went away
 }
 
 func serveHealth(w http.ResponseWriter, _ *http.Request) {
-	io.WriteString(w, "ok\n")
+	fmt.Fprintln(w, "ok")
 }
 
 func (a *Admin) serveReady(w http.ResponseWriter, _ *http.Request) {
@@ -181,7 +181,7 @@ func (a *Admin) serveReady(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, "not ready: "+err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	io.WriteString(w, "ready\n")
+	fmt.Fprintln(w, "ready")
 }
 
 // Write writes the status as lines for people.

@@ -112,7 +112,7 @@ func TestStatusOfSomethingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := &http.Server{Handler: http.NotFoundHandler()}
-	go other.Serve(l)
+	go func() { _ = other.Serve(l) }() // ends with the deferred Close
 	defer other.Close()
 	r := runToy(t, nil, "status", "--admin", l.Addr().String())
 	if r.code != ExitFailure {

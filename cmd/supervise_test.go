@@ -57,32 +57,45 @@ func TestSupervise(t *testing.T) {
 		want    error
 	}{
 		{
-			"a drain that ends early", []Task{waiting, waiting},
+			"a drain that ends early",
+			[]Task{waiting, waiting},
 			func(context.Context) { time.Sleep(2 * time.Second) },
-			[]os.Signal{syscall.SIGTERM}, 3 * time.Second, nil,
+			[]os.Signal{syscall.SIGTERM},
+			3 * time.Second, nil,
 		},
 		{
-			"a drain that takes all its time", []Task{waiting},
+			"a drain that takes all its time",
+			[]Task{waiting},
 			func(ctx context.Context) { <-ctx.Done() },
-			[]os.Signal{os.Interrupt}, 11 * time.Second, nil,
+			[]os.Signal{os.Interrupt},
+			11 * time.Second, nil,
 		},
 		{
-			"a second signal", []Task{waiting},
+			"a second signal",
+			[]Task{waiting},
 			func(ctx context.Context) { <-ctx.Done() },
-			[]os.Signal{syscall.SIGTERM, syscall.SIGTERM}, 2 * time.Second, nil,
+			[]os.Signal{syscall.SIGTERM, syscall.SIGTERM},
+			2 * time.Second, nil,
 		},
 		{
-			"a reload ends nothing", []Task{waiting}, nil,
-			[]os.Signal{syscall.SIGHUP, syscall.SIGHUP, syscall.SIGTERM}, 3 * time.Second, nil,
+			"a reload ends nothing",
+			[]Task{waiting},
+			nil,
+			[]os.Signal{syscall.SIGHUP, syscall.SIGHUP, syscall.SIGTERM},
+			3 * time.Second, nil,
 		},
 		{
-			"a failing task ends the others", []Task{waiting, failing}, nil,
+			"a failing task ends the others",
+			[]Task{waiting, failing},
+			nil,
 			nil, 5 * time.Second, boom,
 		},
 		{
-			"a failure during the drain", []Task{waiting, failing},
+			"a failure during the drain",
+			[]Task{waiting, failing},
 			func(ctx context.Context) { <-ctx.Done() },
-			[]os.Signal{syscall.SIGTERM}, 5 * time.Second, boom,
+			[]os.Signal{syscall.SIGTERM},
+			5 * time.Second, boom,
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -65,7 +65,7 @@ func website(t *testing.T) (url, body string) {
 	if _, err := rand.Read(random); err != nil {
 		t.Fatal(err)
 	}
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Write(random) }))
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(random) }))
 	t.Cleanup(s.Close)
 	return s.URL, string(random)
 }
@@ -160,7 +160,7 @@ func echo(t *testing.T) string {
 			}
 			go func() {
 				defer c.Close()
-				io.Copy(c, c)
+				_, _ = io.Copy(c, c)
 			}()
 		}
 	}()
@@ -370,10 +370,10 @@ func startServer(t *testing.T, path string, args ...string) *serverProcess {
 	}
 	go func() {
 		s.ended <- s.process.Wait()
-		s.Log.Close()
+		s.Close()
 	}()
 	t.Cleanup(func() {
-		s.process.Process.Kill()
+		_ = s.process.Process.Kill() // it may have ended
 		<-s.ended
 		if t.Failed() {
 			t.Logf("log of anytun-server:\n%s", s.Text())

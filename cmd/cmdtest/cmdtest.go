@@ -77,8 +77,8 @@ func (run Main) Start(t *testing.T, args ...string) *Running {
 	ctx, cancel := context.WithCancel(context.Background())
 	args = append(args, "--log-format", "json", "--log-level", "debug")
 	go func() {
-		defer r.Log.Close()
-		r.code = run(ctx, process(nil, io.Discard, r.Log, r.signals, args))
+		defer r.Close()
+		r.code = run(ctx, process(nil, io.Discard, r, r.signals, args))
 	}()
 	t.Cleanup(func() {
 		cancel()
