@@ -64,7 +64,7 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 	control := o.Control
 	o.Control = func(network, address string, rc syscall.RawConn) error {
 		// Before bind, so that the first datagram finds everything set.
-		if err := c.prepare(network, rc, o); err != nil {
+		if err := c.prepare(network, address, rc, o); err != nil {
 			return err
 		}
 		if control != nil {
@@ -83,7 +83,6 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 	}
 	c.uc, c.rc = uc, rc
 	c.local = localAddr(uc)
-	c.wildcard = c.local.Addr().IsUnspecified()
 	c.reader = newReader(c, o.Messages)
 	return c, nil
 }
@@ -91,17 +90,16 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 // prepare sets the socket's options. All are improvements that a kernel may
 // lack, except the local address of a message, without which an anycast server
 // would answer from the wrong address.
-func (c *kernelConn) prepare(network string, rc syscall.RawConn, o Options) error {
+func (c *kernelConn) prepare(network, address string, rc syscall.RawConn, o Options) error {
 	c.is6 = network == "udp6"
-	var err error
+	at, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	c.wildcard = at.Addr().IsUnspecified()
 	cerr := rc.Control(func(ufd uintptr) {
 		fd := int(ufd)
-		if c.is6 {
-			err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
-		} else {
-			err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
-		}
-		if err != nil {
+		if err = c.askForLocal(fd); err != nil {
 			err = fmt.Errorf("ask for local addresses: %w", err)
 			return
 		}
@@ -120,6 +118,19 @@ func (c *kernelConn) prepare(network string, rc syscall.RawConn, o Options) erro
 		return cerr
 	}
 	return err
+}
+
+// askForLocal makes the kernel tell the local address of each message, unless
+// there is only one.
+func (c *kernelConn) askForLocal(fd int) error {
+	switch {
+	case !c.wildcard:
+		return nil
+	case c.is6:
+		return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+	default:
+		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+	}
 }
 
 // allowFragments chooses the path MTU policy that the package comment explains.
@@ -142,7 +153,7 @@ func setBuffer(fd, opt, force, size int) int {
 	if err != nil {
 		return 0
 	}
-	if size < 0 || now/2 >= size {
+	if now/2 >= size { // always, if size is negative
 		return now / 2
 	}
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size) != nil {

@@ -3,9 +3,11 @@ package udp
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
 	"unsafe"
@@ -88,6 +90,19 @@ func TestLocalAddressV6(t *testing.T) {
 	}
 }
 
+// TestBroadcast: the local address of what came to a broadcast address is one that
+// can be answered from.
+func TestBroadcast(t *testing.T) {
+	c := openKernel(t, netip.IPv4Unspecified(), Options{})
+	to := netip.AddrPortFrom(netip.MustParseAddr("127.255.255.255"), c.LocalAddr().Port())
+	if _, err := plain(t, families[0].target).WriteToUDPAddrPort([]byte("all"), to); err != nil {
+		t.Fatal(err)
+	}
+	if _, from := read(t, c, 1); from[0].Local != families[0].target {
+		t.Errorf("local address %v", from[0].Local)
+	}
+}
+
 // TestForeignLocalAddress asks for a source that this host doesn't have, or of the
 // other family: lost and counted, or left to the kernel.
 func TestForeignLocalAddress(t *testing.T) {
@@ -117,6 +132,7 @@ func TestOffloadIsUsed(t *testing.T) {
 	a := openKernel(t, families[0].bind, Options{})
 	b := openKernel(t, families[0].bind, Options{})
 	if s := a.Stats(); !s.SendOffload || !s.RecvOffload {
+		skipIfNew(t, 5, 0)
 		t.Skip("this kernel has no UDP_SEGMENT (4.18) or UDP_GRO (5.0)")
 	}
 	want := makePackets(repeat(1000, 40, 10), 0)
@@ -129,6 +145,24 @@ func TestOffloadIsUsed(t *testing.T) {
 	}
 	if s := b.Stats().Received; s != (Traffic{Datagrams: 41, Bytes: 40010, Messages: 1, Calls: 1}) {
 		t.Errorf("received %+v", s)
+	}
+}
+
+// skipIfNew fails if the kernel is new enough to have what the caller is about to
+// skip for.
+func skipIfNew(t *testing.T, major, minor int) {
+	t.Helper()
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	var a, b int
+	if _, err := fmt.Sscanf(release, "%d.%d", &a, &b); err != nil {
+		t.Fatalf("kernel %q: %v", release, err)
+	}
+	if a > major || a == major && b >= minor {
+		t.Fatalf("kernel %s should be able to do this", release)
 	}
 }
 
@@ -159,22 +193,28 @@ func TestMemoryAdjacency(t *testing.T) {
 		if err := c.WriteBatch(tt.pkts, to); err != nil {
 			t.Fatal(err)
 		}
-		if !equal(iovecs, tt.want) {
+		if !slices.Equal(iovecs, tt.want) {
 			t.Errorf("iovecs per message %v, want %v", iovecs, tt.want)
 		}
 	}
 }
 
-func equal(a, b []int) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
+// TestLargeBatch gives more packets, and more pieces of memory, than one sendmmsg
+// takes.
+func TestLargeBatch(t *testing.T) {
+	for _, offload := range []bool{true, false} {
+		c := openKernel(t, families[0].bind, Options{})
+		c.sendOffload.Store(offload)
+		k := &fakeKernel{}
+		c.sendmmsg = k.sendmmsg
+		want := makePackets(repeat(10, 2000), 4)
+		if err := c.WriteBatch(want, Endpoint{Addr: netip.MustParseAddrPort("127.0.0.1:9")}); err != nil {
+			t.Fatal(err)
+		}
+		if got := bytes.Join(k.got, nil); !bytes.Equal(got, bytes.Join(want, nil)) {
+			t.Errorf("offload %v: %d bytes, want %d, or others", offload, len(got), 20000)
 		}
 	}
-	return true
 }
 
 // gathered is the payload of a message.
@@ -314,9 +354,11 @@ func TestReadErrors(t *testing.T) {
 	if _, err := c.ReadBatch(); !errors.Is(err, syscall.ENOMEM) {
 		t.Errorf("ENOMEM without end gives %v", err)
 	}
-	pending = []syscall.Errno{syscall.EBADF}
-	if _, err := c.ReadBatch(); !errors.Is(err, syscall.EBADF) {
-		t.Errorf("EBADF gives %v", err)
+	for _, errno := range []syscall.Errno{syscall.EBADF, syscall.EINVAL} {
+		pending = []syscall.Errno{errno}
+		if _, err := c.ReadBatch(); !errors.Is(err, errno) {
+			t.Errorf("%v gives %v", errno, err)
+		}
 	}
 }
 
@@ -501,4 +543,27 @@ func raiseLoopback(mtu uint32) error {
 	}
 	ifr.SetUint16(unix.IFF_UP)
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+}
+
+// TestPathMTUPolicy: see the package comment.
+func TestPathMTUPolicy(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			skipWithoutIPv6(t, f)
+			c := openKernel(t, f.bind, Options{})
+			if err := c.rc.Control(func(fd uintptr) {
+				if v, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER); err != nil || v != unix.IP_PMTUDISC_OMIT {
+					t.Errorf("IPv4: %d, %v", v, err)
+				}
+				if !c.is6 {
+					return
+				}
+				if v, err := unix.GetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER); err != nil || v != unix.IPV6_PMTUDISC_DONT {
+					t.Errorf("IPv6: %d, %v", v, err)
+				}
+			}); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 }

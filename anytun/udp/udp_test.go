@@ -167,6 +167,7 @@ var batches = []struct {
 	{"longest", []int{65507}},
 	{"up to the run's limit", []int{32500, 32500}},
 	{"over the run's limit", []int{32501, 32501}},
+	{"over the kernel's limit", []int{40000, 40000}},
 	{"random", randomSizes(60, 1500)},
 	{"random few sizes", randomOf(60, 100, 1000, 1400)},
 }
@@ -218,6 +219,9 @@ func TestTwinSend(t *testing.T) {
 						compare(t, got, want)
 					}
 				}
+				if s := c.(StatsReader).Stats(); s.Resent != 0 || s.Drops != [NumDropReasons]uint64{} {
+					t.Errorf("runs were made that the kernel refused: %+v", s)
+				}
 			})
 		}
 	}
@@ -245,6 +249,9 @@ func TestTwinReceive(t *testing.T) {
 					for _, e := range from {
 						if e.Addr != localAddr(source) {
 							t.Fatalf("%s: from %v, want %v", b.name, e.Addr, localAddr(source))
+						}
+						if e.Local != f.target && (im.name != "portable" || !f.bind.IsUnspecified()) {
+							t.Fatalf("%s: to %v, want %v", b.name, e.Local, f.target)
 						}
 					}
 				}

@@ -35,7 +35,7 @@ type run struct {
 	first, count int // datagrams, as an index into the batch
 	segment      int // size of all of them but perhaps the last, bytes
 	bytes        int
-	closed       bool // ended by a shorter datagram
+	closed       bool // ended by a shorter datagram; one of length 0 needs no end, nothing is shorter
 }
 
 // sendBatch is the scratch of one WriteBatch. It holds pointers into the
@@ -154,7 +154,7 @@ func (b *sendBatch) build(pkts [][]byte, offload bool) int {
 
 // begin opens a message with p, the datagram at the given index.
 func (b *sendBatch) begin(p []byte, index int) {
-	b.runs[b.built] = run{first: index, count: 1, segment: len(p), bytes: len(p), closed: len(p) == 0}
+	b.runs[b.built] = run{first: index, count: 1, segment: len(p), bytes: len(p)}
 	h := &b.msgs[b.built].hdr
 	h.Iov = &b.iovs[b.niov]
 	h.SetIovlen(0)
