@@ -165,12 +165,12 @@ func hold(proxy, to string, count int) error {
 	if err != nil {
 		return err
 	}
-	fmt.Println("open", count)
+	fmt.Fprintln(os.Stdout, "open", count)
 	for in := bufio.NewScanner(os.Stdin); in.Scan() && in.Text() != "end"; {
 		if err := each(conns, func(i int) error { return roundTrip(conns[i], i+1) }); err != nil {
 			return err
 		}
-		fmt.Println("alive", count)
+		fmt.Fprintln(os.Stdout, "alive", count)
 	}
 	return nil
 }

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"os/user"
@@ -364,15 +363,4 @@ func eventually(t *testing.T, limit time.Duration, f func() error) {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-}
-
-// freePort is a TCP port of the machine itself that nobody uses now.
-func freePort(t *testing.T) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
 }

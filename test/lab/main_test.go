@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"log"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,30 +27,26 @@ var work string
 
 func TestMain(m *testing.M) {
 	// Daemons live in /usr/sbin, which an ordinary user's PATH leaves out.
-	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
-		log.Fatal(err)
-	}
+	must(os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"))
 	if helper := os.Getenv(helperEnv); helper != "" {
-		if err := runHelper(helper, os.Args[1:]); err != nil {
-			log.Fatalf("%s: %v", helper, err)
-		}
+		must(runHelper(helper, os.Args[1:]))
 		return
 	}
-	os.Exit(runTests(m))
-}
-
-func runTests(m *testing.M) int {
 	var err error
-	if work, err = os.MkdirTemp("", "anytun-lab-"); err != nil {
-		log.Fatal(err)
-	}
+	work, err = os.MkdirTemp("", "anytun-lab-")
+	must(err)
 	defer os.RemoveAll(work)
-	if err := os.Chmod(work, 0o755); err != nil {
-		log.Fatal(err)
-	}
+	must(os.Chmod(work, 0o755))
 	go startLoop()
 	removeStale()
-	return m.Run()
+	m.Run() // its result becomes the exit status when TestMain returns
+}
+
+// must ends a run that can't begin.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
 }
 
 // starts hands programs to startLoop.
