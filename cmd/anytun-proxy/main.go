@@ -58,7 +58,7 @@ func keygenFlags() []cli.Flag {
 func statusFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "admin", Value: defaultAdmin, Usage: "admin `ADDRESS` of the running proxy"},
-		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+		&cli.BoolFlag{Name: "json", DisableDefaultText: true, Usage: "print JSON"},
 	}
 }
 
@@ -82,6 +82,6 @@ func serveFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "drain-time", Value: 10 * time.Second, Usage: "`TIME` that open connections get to end after SIGTERM"},
 		&cli.StringFlag{Name: "admin", Usage: "`ADDRESS` for /healthz, /readyz, /metrics, /status and /debug/pprof; off by default"},
 		&cli.StringFlag{Name: "config", Usage: "TOML `FILE` with the long names of these flags as keys"},
-		&cli.BoolFlag{Name: "check", Usage: "check flags and files, print the values in force, and exit"},
+		&cli.BoolFlag{Name: "check", DisableDefaultText: true, Usage: "check flags and files, print the values in force, and exit"},
 	}, cmd.LogFlags()...)
 }

@@ -49,7 +49,7 @@ func program() cmd.Program {
 func statusFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "admin", Value: defaultAdmin, Usage: "admin `ADDRESS` of the running server"},
-		&cli.BoolFlag{Name: "json", Usage: "print JSON"},
+		&cli.BoolFlag{Name: "json", DisableDefaultText: true, Usage: "print JSON"},
 	}
 }
 
@@ -66,10 +66,10 @@ func serveFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "keep-alive", Value: session.DefaultKeepAlive, Usage: "longest `INTERVAL` between a client's signs of life"},
 		&cli.IntFlag{Name: "max-flows", Value: server.DefaultMaxFlows, Usage: "most TCP and UDP flows and pings at once"},
 		&cli.IntFlag{Name: "max-flows-per-client", Value: server.DefaultMaxFlowsPerClient, Usage: "most of them for one client"},
-		&cli.BoolFlag{Name: "allow-local", Usage: "let clients reach this host's loopback and link-local addresses"},
+		&cli.BoolFlag{Name: "allow-local", DisableDefaultText: true, Usage: "let clients reach this host's loopback and link-local addresses"},
 		&cli.DurationFlag{Name: "drain-time", Value: 10 * time.Second, Usage: "`TIME` that open flows get to end after SIGTERM"},
 		&cli.StringFlag{Name: "admin", Usage: "`ADDRESS` for /healthz, /readyz, /metrics, /status and /debug/pprof; off by default"},
 		&cli.StringFlag{Name: "config", Usage: "TOML `FILE` with the long names of these flags as keys"},
-		&cli.BoolFlag{Name: "check", Usage: "check flags and files, print the values in force, and exit"},
+		&cli.BoolFlag{Name: "check", DisableDefaultText: true, Usage: "check flags and files, print the values in force, and exit"},
 	}, cmd.LogFlags()...)
 }
