@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -115,6 +116,40 @@ func TestSlow(t *testing.T) {
 		})
 	}
 	counted(t, "handshake_slow", func() uint64 { return g.Stats().Failures["handshake_slow"] }, 4)
+}
+
+// TestHandshakeDeadlineEnds keeps tunnels open for longer than a handshake may take.
+func TestHandshakeDeadlineEnds(t *testing.T) {
+	const limit = 100 * time.Millisecond
+	g := start(t, func(o *options) { o.HandshakeTimeout = limit })
+	to := serveTCP(t, "127.0.0.1:0", echo)
+	socks, web := g.client(t), g.client(t)
+	socks.connect4(to)
+	web.send("CONNECT ", to.String(), " HTTP/1.1\r\n\r\n")
+	web.want("HTTP/1.1 200 Connection established\r\n\r\n")
+	udp := g.associate(t, 0)
+	time.Sleep(2 * limit)
+	if n := g.Stats().OpenAssociations; n != 1 {
+		t.Errorf("%d associations are open, want 1", n)
+	}
+	udp.tcp.Close()
+	for _, c := range []*client{socks, web} {
+		c.send("still")
+		c.want("still")
+	}
+}
+
+// TestRefusedWithEarlyData: the reply must arrive although the application goes on sending what nobody will read.
+func TestRefusedWithEarlyData(t *testing.T) {
+	g := start(t, func(o *options) { o.net.fails["192.0.2.1:80"] = syscall.ECONNREFUSED })
+	early := bytes.Repeat([]byte("x"), 200_000)
+	for range 20 {
+		c := g.client(t)
+		c.send(5, 1, 0, 5, 1, 0, 1, 192, 0, 2, 1, 0, 80, early)
+		time.Sleep(time.Millisecond) // an early reset would be here by now
+		c.want(5, 0, 5, 5, 0, 1, 0, 0, 0, 0, 0, 0)
+		c.wantEnd()
+	}
 }
 
 func TestIdleTimeouts(t *testing.T) {
