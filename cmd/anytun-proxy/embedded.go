@@ -48,8 +48,7 @@ func (g *gateway) openEmbedded() error {
 	return g.openTunnel([]netip.AddrPort{g.inside.LocalAddr()}, cluster.Public(), key, loopback)
 }
 
-// runEmbedded runs the server a little longer than the client, so that the
-// client's farewell finds somebody.
+// runEmbedded runs the server that openEmbedded made.
 func (g *gateway) runEmbedded(ctx context.Context) error {
 	if err := g.embedded.Run(ctx); err != nil {
 		return err

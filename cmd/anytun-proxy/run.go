@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -159,7 +160,16 @@ func (g *gateway) openRemote(ctx context.Context) error {
 		return err
 	}
 	g.log.Info("connecting", "version", cmd.Version(), "server", r.address, "public_key", r.key.Public().String())
-	return g.openTunnel(servers, r.serverKey, r.key, outerAddress(servers))
+	err = g.openTunnel(servers, r.serverKey, r.key, outerAddress(servers))
+	if err == nil {
+		return nil
+	}
+	// This host may have no IPv6, though the server has.
+	ipv4 := slices.DeleteFunc(servers, func(s netip.AddrPort) bool { return s.Addr().Is6() })
+	if len(ipv4) == 0 {
+		return err
+	}
+	return g.openTunnel(ipv4, r.serverKey, r.key, outerAddress(ipv4))
 }
 
 func resolveServer(ctx context.Context, address string) ([]netip.AddrPort, error) {
