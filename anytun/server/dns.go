@@ -23,8 +23,8 @@ const (
 	dnsInFlight          = 2048
 	dnsConnsPerClient    = 16 // TCP connections
 	dnsConns             = 512
-	dnsPipeline          = 16 // questions of one connection at a time; the next waits
-	dnsQueryMax          = 4096
+	dnsPipeline          = 16   // questions of one connection at a time; the next waits
+	dnsQueryMax          = 4096 // bytes of a question
 )
 
 const (
@@ -53,6 +53,7 @@ type dnsService struct {
 	cache      *dnsCache
 	hosts      dnsFile[dnsHosts]
 	resolvConf dnsFile[[]netip.AddrPort]
+	system     *net.Resolver // where no upstream is known
 	preferred  atomic.Uint32 // index of the upstream that answered last
 	count      dnsCounters
 
@@ -162,6 +163,7 @@ func newDNSService(c dnsConfig) (*dnsService, error) {
 		cfg:      c,
 		log:      c.Logger,
 		now:      c.now,
+		system:   net.DefaultResolver,
 		cache:    newDNSCache(dnsCacheEntries, dnsCacheBytes),
 		sockets:  make(map[io.Closer]struct{}),
 		inFlight: dnsQuota{perClient: dnsInFlightPerClient, all: dnsInFlight, by: make(map[uint32]int)},
@@ -475,7 +477,11 @@ func (s *dnsService) connLoop(ctx context.Context, nc net.Conn, client uint32) {
 		if _, err := io.ReadFull(c, length[:]); err != nil {
 			return
 		}
-		msg := make([]byte, binary.BigEndian.Uint16(length[:]))
+		n := binary.BigEndian.Uint16(length[:])
+		if n > dnsQueryMax {
+			return
+		}
+		msg := make([]byte, n)
 		if _, err := io.ReadFull(c, msg); err != nil {
 			return
 		}

@@ -96,11 +96,10 @@ func dnsParseQuery(msg []byte) (q dnsQuery, rcode int, ok bool) {
 	q.key.class = binary.BigEndian.Uint16(msg[at+2:])
 	q.question = append([]byte(nil), msg[dnsHeaderLen:at+4]...)
 	rcode = dnsRcodeOK
-	opts, records := 0, 0
-	whole := dnsWalk(msg, func(r *dnsRecord) bool {
-		records++
+	opts := 0
+	whole := dnsWalk(msg, func(r *dnsRecord) {
 		if r.kind != dnsTypeOPT {
-			return true
+			return
 		}
 		opts++
 		q.edns = true
@@ -111,7 +110,6 @@ func dnsParseQuery(msg []byte) (q dnsQuery, rcode int, ok bool) {
 		} else if r.ttl>>16&0xff != 0 {
 			rcode = dnsRcodeBadVers
 		}
-		return true
 	})
 	switch {
 	case !whole || opts > 1 || binary.BigEndian.Uint16(msg[6:]) != 0:
@@ -186,9 +184,8 @@ type dnsRecord struct {
 }
 
 // dnsWalk visits the records behind the questions and reports whether the
-// message is whole: every record complete and nothing behind the last. visit
-// returns false to stop, which counts as whole.
-func dnsWalk(msg []byte, visit func(*dnsRecord) bool) bool {
+// message is whole: every record complete and nothing behind the last.
+func dnsWalk(msg []byte, visit func(*dnsRecord)) bool {
 	if len(msg) < dnsHeaderLen {
 		return false
 	}
@@ -218,9 +215,7 @@ func dnsWalk(msg []byte, visit func(*dnsRecord) bool) bool {
 			}
 			r.data = msg[at : at+n]
 			at += n
-			if !visit(&r) {
-				return true
-			}
+			visit(&r)
 		}
 	}
 	return at == len(msg)
@@ -239,8 +234,7 @@ func (a *dnsAnswer) flags() uint16 { return binary.BigEndian.Uint16(a.msg[2:]) }
 func (a *dnsAnswer) rcode() int    { return int(a.flags() & 15) }
 
 // dnsParseAnswer checks a response to a query that was sent with id, and takes
-// it apart; ext is true when the rcode was one that needs an OPT record. msg is
-// kept.
+// it apart. msg is kept, and changed.
 func dnsParseAnswer(msg []byte, id uint16, key *dnsKey, now time.Time) (a *dnsAnswer, ok bool) {
 	if len(msg) < dnsHeaderLen || len(msg) > 65535 {
 		return nil, false
@@ -269,13 +263,16 @@ func dnsParseAnswer(msg []byte, id uint16, key *dnsKey, now time.Time) (a *dnsAn
 	cutCount := 0
 	answered := false
 	var positive, negative ttlMin
-	whole := dnsWalk(msg, func(r *dnsRecord) bool {
+	whole := dnsWalk(msg, func(r *dnsRecord) {
+		if cut >= 0 {
+			return
+		}
 		if r.kind == dnsTypeOPT && r.section == 2 {
 			// Records behind it could only be reached by names that nothing
 			// before it points to, so the message ends here.
 			cut, cutCount = r.at, r.index
 			extended = r.ttl>>24 != 0
-			return false
+			return
 		}
 		a.ttls = append(a.ttls, uint16(r.ttlAt))
 		ttl := r.ttl
@@ -291,7 +288,6 @@ func dnsParseAnswer(msg []byte, id uint16, key *dnsKey, now time.Time) (a *dnsAn
 			negative.add(ttl)
 			negative.add(binary.BigEndian.Uint32(r.data[len(r.data)-4:]))
 		}
-		return true
 	})
 	if !whole || extended {
 		return nil, false

@@ -165,7 +165,7 @@ func (s *dnsService) askSystem(ctx context.Context, q *dnsQuery) (*dnsAnswer, er
 		if !ok {
 			return b.answer(dnsRcodeNXDomain), nil
 		}
-		names, err := net.DefaultResolver.LookupAddr(ctx, addr.String())
+		names, err := s.system.LookupAddr(ctx, addr.String())
 		for _, name := range names {
 			if wire, ok := dnsWireName(name); ok {
 				b.ptr(wire)
@@ -186,7 +186,7 @@ func (s *dnsService) askSystem(ctx context.Context, q *dnsQuery) (*dnsAnswer, er
 	if !ok {
 		return b.answer(dnsRcodeNXDomain), nil
 	}
-	addrs, err := net.DefaultResolver.LookupNetIP(ctx, network, name+".")
+	addrs, err := s.system.LookupNetIP(ctx, network, name+".")
 	for _, a := range addrs {
 		b.addr(a.Unmap().WithZone(""))
 	}

@@ -119,6 +119,7 @@ func TestEgressPing(t *testing.T) {
 		if v6 {
 			want = 2 // its other client is the same one
 		}
+		egressUntil(t, "the counters", func() bool { return r.e.Stats().PingIn == 5 })
 		if st := r.e.Stats(); st.FlowsPing != want || st.PingOut != 5 || st.PingIn != 5 {
 			t.Errorf("stats: %+v", st)
 		}

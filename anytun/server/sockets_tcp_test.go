@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/anytun-go/anytun/netstack"
 )
 
 func TestEgressTCPEcho(t *testing.T) {
@@ -37,6 +39,7 @@ func TestEgressTCPEcho(t *testing.T) {
 			if _, err := io.ReadFull(c, got); err != nil || string(got) != "pong" {
 				t.Fatalf("client got %q, %v", got, err)
 			}
+			egressUntil(t, "the counters", func() bool { return r.e.Stats().TCPBytesDown == 4 })
 			if st := r.e.Stats(); st.FlowsTCP != 1 || st.TCPOpened != 1 || st.TCPBytesUp != 4 || st.TCPBytesDown != 4 || st.Dials != 0 {
 				t.Errorf("stats: %+v", st)
 			}
@@ -340,17 +343,21 @@ func TestEgressCloseClient(t *testing.T) {
 func TestEgressTCPIdle(t *testing.T) {
 	r := newEgressRig(t)
 	ln, to := egressListenTCP(t, "127.0.0.1:0")
+	exchange := func(c *netstack.Conn, h *net.TCPConn) {
+		t.Helper()
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(h, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	idle := r.dial(to)
-	egressAccept(t, ln)
+	exchange(idle, egressAccept(t, ln))
 	used := r.dial(to)
 	h := egressAccept(t, ln)
 	r.ahead.Store(int64(defaultTCPTimeout - time.Minute))
-	if _, err := used.Write([]byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(h, make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
+	exchange(used, h)
 	r.e.expire(time.Now().Add(defaultTCPTimeout + time.Minute))
 	if _, err := idle.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("idle connection reads %v", err)

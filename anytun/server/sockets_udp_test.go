@@ -90,6 +90,7 @@ func TestEgressUDPEcho(t *testing.T) {
 					t.Fatalf("client got %q from %s", got, from)
 				}
 			}
+			egressUntil(t, "the counters", func() bool { return r.e.Stats().UDPPacketsOut == 3 }) // they come after the packets
 			st := r.e.Stats()
 			if st.FlowsUDP != 1 || st.UDPOpened != 1 || st.UDPPacketsOut != 3 || st.UDPPacketsIn != 3 || st.UDPBytesOut != 8 || st.UDPBytesIn != 11 {
 				t.Errorf("stats: %+v", st)
