@@ -85,7 +85,9 @@ type Client struct {
 	current  atomic.Pointer[active]
 	previous atomic.Pointer[active] // still opened, never sealed with
 
-	sent, received atomic.Int64 // UnixNano of the last packet each way
+	sent, received atomic.Int64 // UnixNano of the last message each way
+	packet         atomic.Int64 // and of the last received one with an inner packet
+	watched        atomic.Bool  // controlLoop knows that packets come
 	answering      atomic.Uint32
 	rtt            atomic.Int64
 	observed       atomic.Pointer[netip.AddrPort]
@@ -98,9 +100,9 @@ type Client struct {
 	// controlLoop. When it is full the newest is dropped and counted: the
 	// attempt's own retry makes up for it.
 	control chan []byte
-	// refused: the server has said that it no longer knows us; kick: look again.
-	refused chan struct{}
-	kick    chan struct{}
+	// refused: the server has said that it no longer knows us; kick: the path may
+	// have changed; wake: look again.
+	refused, kick, wake chan struct{}
 }
 
 // New checks the configuration and returns a client that does nothing until Run.
@@ -125,7 +127,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	return &Client{
 		cfg: cfg, log: cfg.Logger, interval: uint16(cfg.KeepAlive / time.Second),
-		control: make(chan []byte, 16), refused: make(chan struct{}, 1), kick: make(chan struct{}, 1),
+		control: make(chan []byte, 16), refused: make(chan struct{}, 1), kick: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}, nil
 }
 

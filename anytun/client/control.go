@@ -40,6 +40,7 @@ func (c *Client) controlLoop(ctx context.Context) {
 			u.schedule.Abandon()
 		case <-c.kick:
 			u.schedule.Hurry()
+		case <-c.wake:
 		case <-timer.C:
 		}
 		timer.Reset(time.Until(c.step(u, time.Now())))
@@ -63,7 +64,10 @@ func (c *Client) step(u *upkeep, now time.Time) time.Time {
 	if cur != nil && cur.Used(cur.Made) > session.RekeyPackets {
 		u.schedule.Rekey(now)
 	}
-	a := u.schedule.Next(now, fromNano(now, c.sent.Load()), fromNano(now, c.received.Load()))
+	a := u.schedule.Next(now, fromNano(now, c.sent.Load()), fromNano(now, c.received.Load()), fromNano(now, c.packet.Load()))
+	if a.Quiet {
+		c.watched.Store(false)
+	}
 	if a.Expired {
 		c.current.Store(nil)
 		cur = nil

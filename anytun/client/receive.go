@@ -79,7 +79,14 @@ func (c *Client) receive(batch [][]byte, g *udp.Group) [][]byte {
 		batch = append(batch, p)
 	}
 	if authentic {
-		c.received.Store(time.Now().UnixNano())
+		now := time.Now().UnixNano()
+		c.received.Store(now)
+		if packets > 0 {
+			c.packet.Store(now)
+			if !c.watched.Load() && c.watched.CompareAndSwap(false, true) {
+				notify(c.wake)
+			}
+		}
 	}
 	if packets > 0 {
 		c.counters.receivedPackets.Add(packets)

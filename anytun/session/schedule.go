@@ -16,6 +16,10 @@ const (
 	// OldSession is how long packets of the session before are still opened.
 	OldSession = 2 * time.Minute
 
+	// ProbeAfter is the silence after inner packets that makes a client ask
+	// whether the path still works.
+	ProbeAfter = 500 * time.Millisecond
+
 	retryFirst = 500 * time.Millisecond
 	retryMax   = 15 * time.Second
 )
@@ -35,6 +39,8 @@ type Schedule struct {
 	attemptAt time.Time // when the next one may go out
 	aliveAt   time.Time // last keep-alive sent
 	hurry     bool      // the path changed: ask at once
+	probes    int       // sent since something was heard
+	quiet     time.Time // packets up to here needn't be asked about any more
 }
 
 // Action is what a Schedule asks for.
@@ -44,6 +50,7 @@ type Action struct {
 	KeepAlive  bool      // send a keep-alive
 	Expired    bool      // forget the session: no server accepts it any more
 	Dead       bool      // nothing was heard for two intervals
+	Quiet      bool      // no packet is waited for: call Next when the next one has come
 	Again      time.Time // call Next again then, or after anything else happened
 }
 
@@ -73,9 +80,10 @@ func (s *Schedule) Rekey(now time.Time) {
 // Abandon tells that the server refused the session.
 func (s *Schedule) Abandon() { s.made = time.Time{} }
 
-// Next says what to do at now, given when a packet was last sent and last
-// received (authentic ones; zero for never).
-func (s *Schedule) Next(now, sent, received time.Time) Action {
+// Next says what to do at now, given when a message was last sent, when one was
+// last received (authentic ones), and when one with an inner packet was; zero
+// for never.
+func (s *Schedule) Next(now, sent, received, packet time.Time) Action {
 	var a Action
 	if !s.made.IsZero() && !now.Before(s.endAt) {
 		s.made = time.Time{}
@@ -90,6 +98,14 @@ func (s *Schedule) Next(now, sent, received time.Time) Action {
 			s.attempts, s.attemptAt = 0, time.Time{}
 		}
 		a.KeepAlive, a.Again = s.alive(now, later(sent, s.made), heard)
+		var due time.Time
+		if due, a.Quiet = s.probe(now, heard, packet); !due.IsZero() && !due.After(now) {
+			s.probes++
+			a.KeepAlive = true
+			s.aliveAt = now
+			due = heard.Add(ProbeAfter << s.probes)
+		}
+		a.Again = earlier(a.Again, laterThan(now, due))
 	}
 	if need {
 		if !now.Before(s.attemptAt) {
@@ -131,6 +147,25 @@ func (s *Schedule) alive(now, sent, heard time.Time) (send bool, again time.Time
 		due = later(earlier(now, heard).Add(s.keepAlive), now.Add(s.keepAlive/4))
 	}
 	return send, earlier(due, laterThan(now, heard.Add(2*s.keepAlive)))
+}
+
+// probe returns when to ask about the silence that follows inner packets: after
+// ProbeAfter, then twice as long each time, up to the interval. A client that
+// only receives sends little, so when a translator on the way forgets it, it
+// must notice by itself; keep-alives alone would take an interval. One answer
+// ends it until the next packet; quiet says that it has.
+func (s *Schedule) probe(now, heard, packet time.Time) (due time.Time, quiet bool) {
+	if s.probes > 0 && !heard.Before(s.aliveAt) {
+		s.probes, s.quiet = 0, now
+	}
+	if !packet.After(s.quiet) {
+		return time.Time{}, true
+	}
+	wait := ProbeAfter << s.probes
+	if wait >= s.keepAlive {
+		return time.Time{}, false
+	}
+	return heard.Add(wait), false
 }
 
 func later(a, b time.Time) time.Time {

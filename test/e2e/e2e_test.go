@@ -256,6 +256,33 @@ func TestRoaming(t *testing.T) {
 	})
 }
 
+// A client that only receives notices within a second that its address has
+// changed, long before the next keep-alive.
+func TestRoamingWhileReceiving(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		u := w.client(7)
+		nat := w.net.NAT(netip.MustParseAddr("192.0.2.200"), 0)
+		u.host.Behind(nat)
+		settle()
+		push := func(first, last uint64) { // a packet every 10 ms
+			for n := first; n <= last; n++ {
+				w.servers[0].echo.output([][]byte{packet(far, w.inner.IPv4(7), n)})
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+		push(1, 100)
+		nat.Rebind(netip.MustParseAddr("192.0.2.201"))
+		push(101, 300)
+		settle()
+		u.expect(1, 100)
+		u.expect(200, 300) // all but the first second's
+		if once, _ := u.came(101, 140); once != 0 {
+			t.Fatal("the translator still knew the client")
+		}
+	})
+}
+
 // tap records datagrams.
 type tap struct {
 	mu   sync.Mutex
