@@ -66,6 +66,14 @@ func TestSumExtremes(t *testing.T) {
 	}
 }
 
+// TestSumCarries folds to 0x1ffff on the way, which takes one round more than most.
+func TestSumCarries(t *testing.T) {
+	b := []byte{0xff, 0xff, 0x00, 0x80, 0x00, 0x00, 0x00, 0x80}
+	if got, want := Sum(b, 0), twinSum(b, 0); got != want {
+		t.Errorf("%#x, want %#x", got, want)
+	}
+}
+
 // TestRFC1071 is the example of RFC 1071 section 3.
 func TestRFC1071(t *testing.T) {
 	if s := Sum([]byte{0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7}, 0); s != 0xddf2 {

@@ -307,6 +307,9 @@ func TestPacketsDoNotOverlap(t *testing.T) {
 						if !bytes.Equal(p, want[seen]) {
 							t.Fatalf("datagram %d was overwritten", seen)
 						}
+						if cap(p) != len(p) {
+							t.Errorf("capacity %d for %d bytes", cap(p), len(p))
+						}
 						clear(p)
 						_ = append(p, bytes.Repeat([]byte{0xff}, 50)...)
 						seen++
@@ -529,6 +532,13 @@ func TestListenAnywhere(t *testing.T) {
 	}
 	if _, err := Listen(c.LocalAddr(), Options{}); err == nil {
 		t.Error("the port could be taken twice")
+	}
+	skipWithoutIPv6(t, families[2])
+	// Half an address isn't anywhere: no silent retreat to IPv4.
+	taken := localAddr(plain(t, netip.IPv6Loopback())).Port()
+	if c, err := Listen(netip.AddrPortFrom(netip.Addr{}, taken), Options{}); err == nil {
+		t.Errorf("bound to %v with [::1]:%d taken", c.LocalAddr(), taken)
+		c.Close()
 	}
 }
 

@@ -237,6 +237,22 @@ func TestDelayKeepsOrder(t *testing.T) {
 	})
 }
 
+// TestShortcut: what takes a faster way arrives first, and what is still in flight
+// at the end is in the books.
+func TestShortcut(t *testing.T) {
+	bubble(t, 1, func(t *testing.T, n *Network) {
+		ha := n.Host("a", addrA)
+		a, b := listen(t, ha, "0.0.0.0:1"), listen(t, n.Host("b", addrB), "0.0.0.0:2")
+		for _, delay := range []time.Duration{3 * time.Second, time.Second, 2 * time.Second, time.Hour} {
+			ha.SetLinks(Link{Delay: delay}, Link{})
+			send(t, a, b.addrPort(addrB), delay.String())
+		}
+		expect(t, all(t, b, time.Second), "1s")
+		expect(t, all(t, b, time.Second), "2s")
+		expect(t, all(t, b, time.Second), "3s")
+	})
+}
+
 // addrPort is the socket's address as seen from outside.
 func (c *Conn) addrPort(a netip.Addr) netip.AddrPort { return netip.AddrPortFrom(a, c.local.Port()) }
 
@@ -272,6 +288,17 @@ func TestFaults(t *testing.T) {
 			between(t, "damaged", bad, 400, 600)
 			if bad != int(s.Corrupted) {
 				t.Errorf("%d damaged, %d counted", bad, s.Corrupted)
+			}
+		}},
+		{"damage of copies", Link{Corrupt: 0.25, Duplicate: 1}, func(t *testing.T, got []arrival, s Stats) {
+			bad := 0
+			for i, x := range got {
+				if x.payload != number(i/2) {
+					bad++
+				}
+			}
+			if bad != int(s.Corrupted) || len(got) != 2*sent {
+				t.Errorf("%d damaged, %d counted; %d arrived", bad, s.Corrupted, len(got))
 			}
 		}},
 		{"reordering", Link{Reorder: 0.25}, func(t *testing.T, got []arrival, s Stats) {
