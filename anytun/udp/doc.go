@@ -41,6 +41,7 @@
 //
 // # Locks
 //
-// None of its own: a Conn's read state belongs to its one reader, write state
-// is taken from a free list for the length of a WriteBatch.
+// None on the usual road: a Conn's read state belongs to its one reader, write
+// state is taken from a free list for the length of a WriteBatch. One mutex guards
+// the names of interfaces, which only link-local addresses need.
 package udp
