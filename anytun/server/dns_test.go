@@ -215,9 +215,9 @@ func withDNS(up ...netip.AddrPort) func(*socketsConfig) {
 }
 
 func TestDNSForward(t *testing.T) {
-	var seen dnsmessage.Message
+	questions := make(chan dnsmessage.Message, 10)
 	up := newDNSServer(t, func(s *dnsServer, q dnsmessage.Message, tcp bool) []byte {
-		seen = q
+		questions <- q
 		return answerA(s, q, tcp)
 	})
 	r := newEgressRig(t, withDNS(up.at))
@@ -231,7 +231,7 @@ func TestDNSForward(t *testing.T) {
 	if len(m.Additionals) != 1 || m.Additionals[0].Header.Type != dnsmessage.TypeOPT || !m.Additionals[0].Header.DNSSECAllowed() {
 		t.Errorf("additional records %v, want one OPT", m.Additionals)
 	}
-	if len(seen.Additionals) != 1 || !seen.Additionals[0].Header.DNSSECAllowed() || seen.Additionals[0].Header.Class != dnsUDPOffered || !seen.AuthenticData {
+	if seen := <-questions; len(seen.Additionals) != 1 || !seen.Additionals[0].Header.DNSSECAllowed() || seen.Additionals[0].Header.Class != dnsUDPOffered || !seen.AuthenticData {
 		t.Errorf("upstream saw %s", seen.GoString())
 	}
 

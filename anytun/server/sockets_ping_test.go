@@ -161,6 +161,7 @@ func TestEgressPingRefused(t *testing.T) {
 	first[6] = 0x20
 	later := pingPacket(t, egressClient4, world, 1, 1, []byte("later part"))
 	later[7] = 2
+	later[20] = 0x77 // data, not a type
 	first6 := pingPacket(t, egressClient6, netip.MustParseAddr("2001:db8::1"), 1, 1, nil)
 	first6[6] = protoFragment
 	first6 = append(first6[:40], append([]byte{protoICMPv6, 0, 0, 1, 0, 0, 0, 1}, first6[40:]...)...)
