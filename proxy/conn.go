@@ -33,9 +33,10 @@ var aLongTimeAgo = time.Unix(1, 0)
 // CloseWith. Not safe for concurrent use, except Abort.
 type Conn struct {
 	net.Conn
-	br    *bufio.Reader // until EndHandshake
-	idle  *idleReader
-	early []byte // read ahead of the relay
+	br     *bufio.Reader // until EndHandshake
+	idle   *idleReader
+	early  []byte // read ahead of the relay
+	tunnel *relay // set by Server.Tunnel
 
 	deadline time.Time // of the handshake
 }

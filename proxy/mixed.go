@@ -2,13 +2,15 @@ package proxy
 
 import (
 	"context"
+	"log/slog"
 	"net"
 )
 
 // Handler speaks one protocol with applications.
 type Handler interface {
-	// Serve speaks on c, whose first byte is still unread, until the connection has ended; the server closes c
-	// afterwards. The handshake's deadline is set on c. ctx is cancelled when the server gives its connections up.
+	// Serve speaks on c, whose first byte is still unread, until the connection has ended or is handed over to
+	// Server.Tunnel; the server closes c afterwards. The handshake's deadline is set on c. ctx is cancelled when the
+	// server gives its connections up.
 	Serve(ctx context.Context, s *Server, c *Conn)
 	// Drain closes connections that wait between two requests and makes the others end after theirs. It is called when
 	// the server begins to drain and once more after the last connection.
@@ -34,15 +36,23 @@ func protocolOf(first byte) protocol {
 	return protocolUnknown
 }
 
-// serveConn is the life of one connection. There is no reply to bytes that are no protocol of ours: it would be one in a
-// language the other side has not shown to know.
+// serveConn is the life of one connection up to the tunnel, which goes on in tunnelLoop: a handshake needs a deep stack,
+// and this goroutine would keep it for as long as the tunnel is open.
 func (s *Server) serveConn(ctx context.Context, nc net.Conn) {
-	defer s.conns.Done()
 	c := newConn(nc)
-	defer s.forget(c)
-	if !s.remember(c) {
+	if s.remember(c) {
+		s.handshake(ctx, c)
+	}
+	if c.tunnel != nil {
+		go s.tunnelLoop(c)
 		return
 	}
+	s.forget(c)
+}
+
+// handshake finds the protocol and lets its handler speak. There is no reply to bytes that are no protocol of ours: it
+// would be one in a language the other side has not shown to know.
+func (s *Server) handshake(ctx context.Context, c *Conn) {
 	if err := c.begin(s.cfg.HandshakeTimeout); err != nil {
 		return
 	}
@@ -63,8 +73,31 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn) {
 	}
 	if h == nil {
 		s.counters.Failure(ReasonUnknownProtocol)
-		s.log.Debug("unknown protocol", "remote", nc.RemoteAddr(), "first", first[0])
+		s.log.Debug("unknown protocol", "remote", c.RemoteAddr(), "first", first[0])
 		return
 	}
 	h.Serve(ctx, s, c)
+}
+
+// tunnelLoop is the rest of a connection's life, on a small stack of its own.
+func (s *Server) tunnelLoop(c *Conn) {
+	r := c.tunnel
+	s.counters.openTunnels.Add(1)
+	r.run(c.idle, newIdleReader(r.b), c.TakeEarly())
+	s.counters.openTunnels.Add(-1)
+	if r.expired.Load() {
+		s.counters.idleTunnels.Add(1)
+	}
+	s.logTunnel(c)
+	s.forget(c)
+}
+
+// logTunnel is not part of tunnelLoop, whose frame should stay small.
+//
+//go:noinline
+func (s *Server) logTunnel(c *Conn) {
+	if s.log.Enabled(context.Background(), slog.LevelDebug) {
+		r := c.tunnel
+		s.log.Debug("tunnel ended", "remote", c.RemoteAddr(), "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
+	}
 }

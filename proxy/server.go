@@ -251,6 +251,7 @@ func (s *Server) forget(c *Conn) {
 	if s.slots != nil {
 		<-s.slots
 	}
+	s.conns.Done()
 }
 
 const (
@@ -354,20 +355,12 @@ func (s *Server) Dial(ctx context.Context, c *Conn, to Target) (net.Conn, error)
 	return remote, nil
 }
 
-// Tunnel relays between the application and the remote side until both have ended, and closes both.
+// Tunnel hands the connection over: once the handler's Serve has returned, the server relays between the application and
+// the remote side until both have ended, and closes both.
 func (s *Server) Tunnel(c *Conn, remote net.Conn) {
-	r := &relay{
+	c.tunnel = &relay{
 		a: c.Conn, b: remote,
 		totalAB: &s.counters.bytesOut, totalBA: &s.counters.bytesIn,
 		idle: s.cfg.IdleTimeout, halfIdle: s.cfg.HalfIdleTimeout,
-	}
-	s.counters.openTunnels.Add(1)
-	r.run(c.idle, newIdleReader(remote), c.TakeEarly())
-	s.counters.openTunnels.Add(-1)
-	if r.expired.Load() {
-		s.counters.idleTunnels.Add(1)
-	}
-	if s.log.Enabled(context.Background(), slog.LevelDebug) {
-		s.log.Debug("tunnel ended", "remote", c.RemoteAddr(), "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
 	}
 }
