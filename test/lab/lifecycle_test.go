@@ -63,9 +63,7 @@ func TestServerReload(t *testing.T) {
 	second := n.cluster.invite(t, "second", address)
 	n.server.signal(t, syscall.SIGHUP)
 
-	// The second client is the router: its own proxy, not behind the NAT.
-	d := n.router.start(t, "anytun-proxy-2", ordinary(program(t, "anytun-proxy"), "--listen", proxyAddr, "--server", second, "--log-level", "debug")...)
-	d.listening(t, "tcp", socksPort)
+	n.secondClient(t, second)
 	get := curlArgs(20*time.Second, "-x", "socks5h://"+proxyAddr, url("http", webName, httpPort, "/"))
 	eventually(t, 40*time.Second, func() error {
 		if r := n.router.try(t, 30*time.Second, get...); r.code != 0 {
@@ -104,6 +102,57 @@ func TestServerReload(t *testing.T) {
 		}
 	case <-time.After(100 * time.Second):
 		t.Fatal("the download doesn't end")
+	}
+}
+
+// secondClient starts a proxy on the router: another client of the same server,
+// not behind the NAT.
+func (n *network) secondClient(t *testing.T, invite string) *place {
+	t.Helper()
+	d := n.router.start(t, "anytun-proxy-2", ordinary(program(t, "anytun-proxy"),
+		"--listen", proxyAddr, "--server", invite, "--log-level", "debug")...)
+	d.listening(t, "tcp", socksPort)
+	return &place{client: n.router, site: n.site, proxy: d}
+}
+
+// TestBind: an application waits for a connection with BIND, and one comes from
+// a peer inside the tunnel, and only from the peer that was named.
+func TestBind(t *testing.T) {
+	address := netip.AddrPortFrom(srv4, serverPort).String()
+	n := lab(t, address)
+	invite := n.cluster.invite(t, "second", address)
+	n.server.signal(t, syscall.SIGHUP)
+	eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(n.server.printed(), "clients=2") {
+			return fmt.Errorf("the server hasn't read its clients file again")
+		}
+		return nil
+	})
+	second := n.secondClient(t, invite)
+	for _, inner := range []string{"100.64.0.2", "100.64.0.77"} {
+		waiting := n.client.talk(t, socks(t, "bind", inner, "0")...)
+		var code, port int
+		var host string
+		line := waiting.hear(20 * time.Second)
+		if _, err := fmt.Sscan(line, &code, &host, &port); err != nil || code != 0 || host != "100.64.0.1" || port == 0 {
+			t.Fatalf("bind for %s: %q", inner, line)
+		}
+		r := second.client.try(t, 30*time.Second, socks(t, "connect", host, fmt.Sprint(port), "ping!")...)
+		if inner != "100.64.0.2" {
+			if strings.Contains(r.stdout, "pong") {
+				t.Errorf("a peer that wasn't named was let in: %q", r.stdout)
+			}
+			continue
+		}
+		if r.stdout != "0\npong\n" {
+			t.Errorf("the peer got %q, want the answer\n%s", r.stdout, r.stderr)
+		}
+		if line := waiting.hear(20 * time.Second); !strings.HasPrefix(line, "0 100.64.0.2 ") {
+			t.Errorf("second reply %q, want the peer's address", line)
+		}
+		if line := waiting.hear(20 * time.Second); line != "ping!" {
+			t.Errorf("heard %q, want what the peer sent", line)
+		}
 	}
 }
 

@@ -7,7 +7,8 @@ usage: socks.py [--proxy HOST:PORT] [--auth USER:PASSWORD] COMMAND ...
   connect4 HOST PORT        the same in SOCKS4a; prints the reply code (90 is yes)
   resolve NAME              Tor's RESOLVE; print the reply code and the address
   ptr ADDRESS               Tor's RESOLVE_PTR; print the reply code and the name
-  bind HOST PORT            BIND; print each reply's code and address as it comes
+  bind HOST PORT            BIND; print each reply's code and address as it comes,
+                            then five bytes from the peer, and answer "pong"
   forward PORT HOST PORT    UDP ASSOCIATE; carry datagrams between UDP port PORT of
                             127.0.0.1 and the target until stdin ends
   raw HEX                   send bytes; print what comes back, in hex, and the end:
@@ -141,6 +142,9 @@ def bind(args):
         print(code, host, port, flush=True)
         if code != 0:
             return
+    print(read(s, 5).decode(), flush=True)
+    s.sendall(b"pong\n")
+    s.shutdown(socket.SHUT_WR)
 
 
 def forward(args):
