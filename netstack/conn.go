@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
@@ -47,7 +48,7 @@ type Conn struct {
 }
 
 // newConn wraps a connected endpoint.
-func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
+func newConn(ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
 	c := &Conn{ep: ep}
 	c.gates.init(wq)
 	c.begin()
@@ -56,11 +57,10 @@ func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
 
 // begin sets what every connection has, once it is connected.
 func (c *Conn) begin() {
-	if a, err := c.ep.GetLocalAddress(); err == nil {
-		c.local = netip.AddrPortFrom(netipAddr(a.Addr), a.Port)
-	}
-	if a, err := c.ep.GetRemoteAddress(); err == nil {
-		c.remote = netip.AddrPortFrom(netipAddr(a.Addr), a.Port)
+	// GetRemoteAddress would fail if the peer has reset the connection already.
+	if info, ok := c.ep.Info().(*stack.TransportEndpointInfo); ok {
+		c.local = netip.AddrPortFrom(netipAddr(info.ID.LocalAddress), info.ID.LocalPort)
+		c.remote = netip.AddrPortFrom(netipAddr(info.ID.RemoteAddress), info.ID.RemotePort)
 	}
 	// None of these can fail on a TCP endpoint.
 	idle, interval := tcpip.KeepaliveIdleOption(keepAliveIdle), tcpip.KeepaliveIntervalOption(keepAliveInterval)

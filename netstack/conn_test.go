@@ -339,3 +339,35 @@ func TestAddrs(t *testing.T) {
 		}
 	})
 }
+
+// A deadline's timer that fires while the deadline is being replaced has no
+// effect.
+func TestStaleTimer(t *testing.T) {
+	var g gate
+	g.init()
+	g.setDeadline(time.Now().Add(time.Millisecond))
+	g.mu.Lock()
+	time.Sleep(20 * time.Millisecond) // it has fired and waits for the lock
+	g.timer = nil
+	g.mu.Unlock()
+	g.setDeadline(time.Now().Add(time.Hour))
+	defer g.stop()
+	time.Sleep(20 * time.Millisecond)
+	if g.isExpired() {
+		t.Error("expired")
+	}
+}
+
+// gVisor tells the reason of a reset once; when a concurrent call has taken it
+// and not yet noted it, a read must still not take the rest for the end.
+func TestResetReasonTaken(t *testing.T) {
+	p := newPair(t)
+	c, s := p.connect(t, server4)
+	s.Abort()
+	if err := c.WaitReadable(); err != nil {
+		t.Fatal(err)
+	}
+	c.ep.LastError()
+	_, err := c.Read(make([]byte, 1))
+	wantErrno(t, err, syscall.ECONNRESET)
+}

@@ -34,7 +34,9 @@ type tcpForwarder struct {
 // to handler, each on a goroutine of its own. At most maxInFlight requests
 // exist that were neither accepted nor rejected; SYNs beyond are dropped and
 // counted in Stats.TCPForwardFull, and the client's retransmission asks again.
-// The stack must have been made with Config.Forward. To be called once, before
+// The limit is for all clients together, so that it should be generous, and the
+// handler has to hold back a client that asks for too much (Reject(nil) costs
+// nothing). The stack must have been made with Config.Forward. To be called once, before
 // the first Input.
 func (s *Stack) ForwardTCP(maxInFlight int, handler func(*TCPRequest)) {
 	if !s.forward || s.tcp != nil {
@@ -143,7 +145,7 @@ func (r *TCPRequest) Accept() (*Conn, error) {
 	if err != nil {
 		return nil, r.error(sysError("accept", err))
 	}
-	return newConn(r.f.s, ep, wq), nil
+	return newConn(ep, wq), nil
 }
 
 func (r *TCPRequest) error(err error) error {
@@ -212,7 +214,7 @@ func (s *Stack) endTimeWait(p *packet) {
 // ForwardUDP hands every datagram that no socket of the stack takes to handler,
 // inline from Input and whole: fragments have been put together. A datagram to
 // an address of the stack goes to the socket bound to its port, if there is
-// one. payload is valid until handler returns. The stack must have been made
+// one. Destinations may be broadcast and multicast addresses. payload is valid until handler returns. The stack must have been made
 // with Config.Forward. To be called once, before the first Input.
 func (s *Stack) ForwardUDP(handler func(from, to netip.AddrPort, payload []byte)) {
 	if !s.forward || s.udp != nil {

@@ -410,3 +410,49 @@ func TestPacketConnUnreachableIgnored(t *testing.T) {
 		t.Errorf("an unconnected socket got %v", err)
 	}
 }
+
+// A SYN that comes again while its request is being served makes no second
+// request, and an unanswered request gives its place back.
+func TestForwardTCPPlaces(t *testing.T) {
+	p := newPair(t, withForward())
+	entered, release := make(chan struct{}, 10), make(chan struct{})
+	p.server.ForwardTCP(1, func(*TCPRequest) {
+		entered <- struct{}{}
+		<-release
+	})
+	spec := tcpSpec{v4: true, ttl: 64, flags: flagSYN, sport: 1}
+	syn := tcpPacket(spec)
+	for range 3 {
+		p.server.Input([][]byte{syn})
+	}
+	<-entered
+	if st := p.server.Stats(); len(entered) != 0 || st.TCPForwardFull != 0 {
+		t.Errorf("%d more requests, %d dropped", len(entered), st.TCPForwardFull)
+	}
+	release <- struct{}{}
+	spec.sport++
+	other := tcpPacket(spec)
+	for len(entered) == 0 { // until the place is free again
+		p.server.Input([][]byte{other})
+		time.Sleep(time.Millisecond)
+	}
+	close(release)
+}
+
+// Datagrams whose length field lies are dropped and counted.
+func TestForwardUDPMalformed(t *testing.T) {
+	p := newPair(t, withForward())
+	p.server.ForwardUDP(func(_, _ netip.AddrPort, b []byte) { t.Errorf("%d bytes forwarded", len(b)) })
+	for _, length := range []byte{0, 7, 13, 255} {
+		b := make([]byte, 20+8+4)
+		putIPv4(b, protoUDP, client4, world4, 0, 0)
+		b[25] = length
+		p.server.Input([][]byte{b})
+	}
+	short := make([]byte, 20+7)
+	putIPv4(short, protoUDP, client4, world4, 0, 0)
+	p.server.Input([][]byte{short})
+	if n := p.server.Stats().DropMalformed; n != 5 {
+		t.Errorf("%d dropped, want 5", n)
+	}
+}

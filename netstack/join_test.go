@@ -485,6 +485,9 @@ func discardStack() *Stack {
 }
 
 func TestJoinAllocs(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
 	for _, v4 := range []bool{true, false} {
 		s, pkts := discardStack(), bulk(v4)
 		s.Input(pkts) // fills gVisor's pools
@@ -497,6 +500,9 @@ func TestJoinAllocs(t *testing.T) {
 }
 
 func TestCutAllocs(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
 	for _, v4 := range []bool{true, false} {
 		d := newDevice(&Config{MTU: 1400, Headroom: 20, Tailroom: 16, Output: func([][]byte) {}})
 		p := superSegment(tcpSpec{v4: v4, flags: 0x10, payload: make([]byte, 60000)}, 1348, 4)
@@ -511,6 +517,9 @@ func TestCutAllocs(t *testing.T) {
 }
 
 func TestUDPAllocs(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
 	s := discardStack()
 	s.forward, s.udp = true, func(_, _ netip.AddrPort, _ []byte) {}
 	from, to := netip.AddrPortFrom(client4, 1), netip.AddrPortFrom(world4, 2)

@@ -24,6 +24,10 @@ var (
 	world6  = netip.MustParseAddr("2001:db8::80")
 )
 
+// raceEnabled is set when the race detector is on, under which a sync.Pool
+// loses elements on purpose.
+var raceEnabled bool
+
 const (
 	testHeadroom = 20
 	testTailroom = 16

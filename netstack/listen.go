@@ -14,7 +14,6 @@ import (
 
 // Listener is a listening TCP socket of a Stack; it implements net.Listener.
 type Listener struct {
-	s      *Stack
 	ep     tcpip.Endpoint
 	at     netip.AddrPort
 	gates  gates
@@ -37,7 +36,7 @@ func (s *Stack) ListenTCP(at netip.AddrPort) (*Listener, error) {
 	if err != nil {
 		return nil, listenError("tcp", at, sysError("socket", err))
 	}
-	l := &Listener{s: s, ep: ep}
+	l := &Listener{ep: ep}
 	l.gates.init(wq)
 	if l.at, err = bind(ep, at); err == nil {
 		err = ep.Listen(listenBacklog)
@@ -90,7 +89,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 		ep, wq, err := l.ep.Accept(nil)
 		switch err.(type) {
 		case nil:
-			return newConn(l.s, ep, wq), nil
+			return newConn(ep, wq), nil
 		case *tcpip.ErrWouldBlock:
 			<-l.gates.read.ch
 		default:

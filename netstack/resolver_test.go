@@ -450,6 +450,7 @@ func TestDialer(t *testing.T) {
 		dnsRecord{"broken6.example", world4.String(), 60}, dnsRecord{"broken6.example", dead6, 60},
 		dnsRecord{"dead.example", dead4, 60}, dnsRecord{"dead.example", dead6, 60},
 		dnsRecord{"mixed.example", "192.0.2.98", 60}, dnsRecord{"mixed.example", "192.0.2.97", 60},
+		dnsRecord{"mixed2.example", "192.0.2.97", 60}, dnsRecord{"mixed2.example", "192.0.2.98", 60},
 	))
 	p.server.ForwardTCP(100, func(r *TCPRequest) {
 		switch a := r.Destination().Addr(); a {
@@ -493,8 +494,10 @@ func TestDialer(t *testing.T) {
 	if _, err := dial("tcp", "dead.example:80"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("dead: %v", err)
 	}
-	_, err := dial("tcp", "mixed.example:80")
-	wantErrno(t, err, syscall.ECONNREFUSED)
+	for _, address := range []string{"mixed.example:80", "mixed2.example:80"} {
+		_, err := dial("tcp", address)
+		wantErrno(t, err, syscall.ECONNREFUSED)
+	}
 	var dns *net.DNSError
 	if _, err := dial("tcp", "none.example:80"); !errors.As(err, &dns) || !dns.IsNotFound {
 		t.Errorf("none: %v", err)

@@ -10,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/faketime"
+	"gvisor.dev/gvisor/pkg/waiter"
 )
 
 func TestConfigValidate(t *testing.T) {
@@ -128,6 +130,30 @@ func TestStackCloseDuringAccept(t *testing.T) {
 	p.client.Close()
 }
 
+// An endpoint that is made while Close is already at work is ended too.
+func TestStackCloseLateEndpoint(t *testing.T) {
+	p := newPair(t, withForward())
+	p.down.mu.Lock()
+	p.down.cut = true
+	p.down.mu.Unlock()
+	failed := make(chan tcpip.Error, 1)
+	closed := make(chan struct{})
+	p.server.ForwardTCP(10, func(r *TCPRequest) {
+		go func() {
+			p.server.Close()
+			close(closed)
+		}()
+		time.Sleep(50 * time.Millisecond) // Close has aborted what there was
+		_, err := r.gvisor.CreateEndpoint(new(waiter.Queue))
+		failed <- err
+	})
+	p.server.Input([][]byte{tcpPacket(tcpSpec{v4: true, ttl: 64, flags: flagSYN, sport: 1})})
+	if err := <-failed; err == nil {
+		t.Error("connected")
+	}
+	<-closed
+}
+
 func TestSetAddresses(t *testing.T) {
 	p := newPair(t)
 	c4, s4 := p.connect(t, server4)
@@ -220,5 +246,26 @@ func TestOrphan(t *testing.T) {
 	}
 	if n := len(p.client.st.RegisteredEndpoints()); n != 0 {
 		t.Errorf("%d endpoints after 18 minutes", n)
+	}
+}
+
+// When the patience has an end, every call says so.
+func TestTimeout(t *testing.T) {
+	clock := faketime.NewManualClock()
+	p := newPair(t, func(c, s *Config) { c.Clock, s.Clock = clock, clock })
+	c, _ := p.connect(t, server4)
+	c.SetDeadline(time.Time{})
+	p.up.mu.Lock()
+	p.up.cut = true
+	p.up.mu.Unlock()
+	c.Write([]byte("lost"))
+	for range 14 * 60 {
+		clock.Advance(time.Minute)
+	}
+	for range 3 {
+		_, err := c.Read(make([]byte, 1))
+		wantErrno(t, err, syscall.ETIMEDOUT)
+		_, err = c.Write(make([]byte, 1))
+		wantErrno(t, err, syscall.ETIMEDOUT)
 	}
 }

@@ -1,0 +1,5 @@
+//go:build race
+
+package netstack
+
+func init() { raceEnabled = true }
