@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -131,7 +132,7 @@ func (c *Conn) readable() error {
 // ErrClosedForReceive both for the end of the stream and, after it has told
 // the reason once, for a broken connection.
 func (c *Conn) readError(err tcpip.Error) error {
-	if e := c.readable(); e == net.ErrClosed {
+	if e := c.readable(); errors.Is(e, net.ErrClosed) {
 		return c.opError("read", e)
 	}
 	n := c.failure(err)

@@ -83,12 +83,12 @@ func TestHalfClose(t *testing.T) {
 	if _, err := s.Write([]byte("answer")); err != nil {
 		t.Fatal(err)
 	}
-	s.CloseWrite()
+	_ = s.CloseWrite()
 	if b, err := io.ReadAll(c); err != nil || string(b) != "answer" {
 		t.Fatalf("%q, %v", b, err)
 	}
 	for range 2 { // the end stays the end
-		if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		if n, err := c.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 			t.Errorf("%d, %v", n, err)
 		}
 	}
@@ -98,14 +98,14 @@ func TestHalfClose(t *testing.T) {
 // it is asked about.
 func TestResetIsNotEOF(t *testing.T) {
 	for name, reset := range map[string]func(*Conn){
-		"abort":             func(s *Conn) { s.Abort() },
-		"close with unread": func(s *Conn) { waitReadable(s); s.Close() },
+		"abort":             func(s *Conn) { _ = s.Abort() },
+		"close with unread": func(s *Conn) { _ = waitReadable(s); _ = s.Close() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t)
 			for _, first := range []string{"read", "write", "blocked"} {
 				c, s := p.connect(t, server4)
-				c.Write([]byte("never read"))
+				_, _ = c.Write([]byte("never read"))
 				blocked := make(chan error, 1)
 				if first == "blocked" {
 					go func() { _, err := c.Read(make([]byte, 10)); blocked <- err }()
@@ -139,11 +139,11 @@ func waitReadable(c *Conn) error { return c.WaitReadable() }
 func TestReadBeforeReset(t *testing.T) {
 	p := newPair(t)
 	c, s := p.connect(t, server4)
-	s.Write([]byte("last words"))
+	_, _ = s.Write([]byte("last words"))
 	if err := c.WaitReadable(); err != nil {
 		t.Fatal(err)
 	}
-	s.Abort()
+	_ = s.Abort()
 	for p.client.Stats().TCPResetsIn == 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -159,8 +159,8 @@ func TestReadBeforeReset(t *testing.T) {
 func TestLocalAbort(t *testing.T) {
 	p := newPair(t)
 	c, s := p.connect(t, server4)
-	s.Write([]byte("unread"))
-	c.WaitReadable()
+	_, _ = s.Write([]byte("unread"))
+	_ = c.WaitReadable()
 	read := make(chan error, 1)
 	go func() {
 		for {
@@ -250,11 +250,11 @@ func TestDeadlines(t *testing.T) {
 	}
 	read := func() error { _, err := c.Read(make([]byte, 10)); return err }
 
-	c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+	_ = c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
 	wantTimeout(read())
 	wantTimeout(c.WaitReadable())
-	s.Write([]byte("x"))
-	c.SetReadDeadline(time.Time{})
+	_, _ = s.Write([]byte("x"))
+	_ = c.SetReadDeadline(time.Time{})
 	if err := read(); err != nil {
 		t.Errorf("after the deadline was lifted: %v", err)
 	}
@@ -262,17 +262,17 @@ func TestDeadlines(t *testing.T) {
 	blocked := make(chan error, 1)
 	go func() { blocked <- read() }()
 	time.Sleep(10 * time.Millisecond)
-	c.SetReadDeadline(time.Unix(1, 0))
+	_ = c.SetReadDeadline(time.Unix(1, 0))
 	wantTimeout(<-blocked)
 	// One that is moved does not fire at its old time.
-	c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	time.AfterFunc(50*time.Millisecond, func() { s.Write([]byte("y")) })
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	time.AfterFunc(50*time.Millisecond, func() { _, _ = s.Write([]byte("y")) })
 	if err := read(); err != nil {
 		t.Errorf("after the deadline was moved: %v", err)
 	}
 	// A write that fills the buffers, with the count of what went in.
-	c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	_ = c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	total := 0
 	for {
 		n, err := c.Write(make([]byte, 1<<20))
@@ -282,9 +282,9 @@ func TestDeadlines(t *testing.T) {
 			break
 		}
 	}
-	s.SetReadDeadline(time.Now().Add(time.Second))
-	c.SetWriteDeadline(time.Time{})
-	c.CloseWrite()
+	_ = s.SetReadDeadline(time.Now().Add(time.Second))
+	_ = c.SetWriteDeadline(time.Time{})
+	_ = c.CloseWrite()
 	if n, err := io.Copy(io.Discard, struct{ io.Reader }{s}); err != nil || int(n) != total {
 		t.Errorf("%d bytes arrived, %d were written: %v", n, total, err)
 	}
@@ -300,17 +300,17 @@ func TestWaitReadable(t *testing.T) {
 		t.Fatalf("returned early: %v", err)
 	case <-time.After(30 * time.Millisecond):
 	}
-	s.Write([]byte("x"))
+	_, _ = s.Write([]byte("x"))
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
 	b := make([]byte, 1)
-	c.Read(b)
-	s.CloseWrite()
+	_, _ = c.Read(b)
+	_ = s.CloseWrite()
 	if err := c.WaitReadable(); err != nil { // io.EOF is something to read
 		t.Fatal(err)
 	}
-	if _, err := c.Read(b); err != io.EOF {
+	if _, err := c.Read(b); !errors.Is(err, io.EOF) {
 		t.Errorf("%v", err)
 	}
 }
@@ -363,7 +363,7 @@ func TestStaleTimer(t *testing.T) {
 func TestResetReasonTaken(t *testing.T) {
 	p := newPair(t)
 	c, s := p.connect(t, server4)
-	s.Abort()
+	_ = s.Abort()
 	if err := c.WaitReadable(); err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func (s *Stack) DialTCP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
 		return nil, dialError(to, err)
 	}
 	if err := c.established(ctx); err != nil {
-		c.Abort()
+		_ = c.Abort()
 		return nil, dialError(to, s.dialReason(c, to, err))
 	}
 	c.begin()

@@ -101,7 +101,7 @@ func TestPortRange(t *testing.T) {
 		t.Error(err)
 	}
 	// A port that is given back is used by the dial that waits for it.
-	time.AfterFunc(50*time.Millisecond, func() { used[7001].Abort() })
+	time.AfterFunc(50*time.Millisecond, func() { _ = used[7001].Abort() })
 	c, err := p.client.DialTCP(testContext(t), l.at)
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +140,7 @@ func TestShortConnections(t *testing.T) {
 				return
 			}
 			go func() {
-				c.Read(make([]byte, 1))
+				_, _ = c.Read(make([]byte, 1))
 				c.Close()
 			}()
 		}
@@ -244,8 +244,8 @@ func TestPacketConn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.SetDeadline(time.Now().Add(5 * time.Second))
-	b.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = a.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = b.SetDeadline(time.Now().Add(5 * time.Second))
 	buf := make([]byte, 70000)
 	for _, at := range []netip.Addr{server4, server6, netip.AddrFrom16(server4.As16())} {
 		for _, n := range []int{0, 1, 1372, 1400, 20000, 65507} {
@@ -264,8 +264,8 @@ func TestPacketConn(t *testing.T) {
 		}
 	}
 	// A short buffer gets the beginning, and the rest is gone.
-	a.WriteToUDPAddrPort([]byte("long"), netip.AddrPortFrom(server4, b.at.Port()))
-	a.WriteToUDPAddrPort([]byte("next"), netip.AddrPortFrom(server4, b.at.Port()))
+	_, _ = a.WriteToUDPAddrPort([]byte("long"), netip.AddrPortFrom(server4, b.at.Port()))
+	_, _ = a.WriteToUDPAddrPort([]byte("next"), netip.AddrPortFrom(server4, b.at.Port()))
 	if n, _, err := b.ReadFromUDPAddrPort(buf[:2]); err != nil || string(buf[:n]) != "lo" {
 		t.Errorf("%q, %v", buf[:n], err)
 	}

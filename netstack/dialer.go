@@ -120,7 +120,7 @@ func (d *Dialer) race(ctx context.Context, addrs []netip.Addr, port uint16) (*Co
 				worst = moreTelling(worst, r.err)
 				timer.Reset(0)
 			case winner != nil:
-				r.c.Abort()
+				_ = r.c.Abort()
 			default:
 				winner = r.c
 				cancel()
@@ -159,6 +159,7 @@ func telling(err error) int {
 		return 3
 	case syscall.ENETUNREACH:
 		return 2
+	default:
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return 4

@@ -109,7 +109,7 @@ func parseAnswer(b []byte, id uint16, q dnsmessage.Question) (a answer, ok bool,
 	if err != nil || got.Type != q.Type || got.Class != q.Class || !sameName(got.Name, q.Name) {
 		return a, false, nil
 	}
-	if _, err := p.Question(); err != dnsmessage.ErrSectionDone {
+	if _, err := p.Question(); !errors.Is(err, dnsmessage.ErrSectionDone) {
 		return a, false, nil
 	}
 	a.rcode, a.truncated = h.RCode, h.Truncated
@@ -141,7 +141,7 @@ func readRecords(p *dnsmessage.Parser) ([]record, error) {
 	var out []record
 	for range maxDNSRecords {
 		h, err := p.AnswerHeader()
-		if err == dnsmessage.ErrSectionDone {
+		if errors.Is(err, dnsmessage.ErrSectionDone) {
 			return out, nil
 		}
 		if err != nil {

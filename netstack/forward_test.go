@@ -57,8 +57,8 @@ func TestForwardTCP(t *testing.T) {
 			t.Error("connected before Accept")
 		}
 		go func() {
-			io.Copy(struct{ io.Writer }{c}, &pattern{bytes: 300_000})
-			c.CloseWrite()
+			_, _ = io.Copy(struct{ io.Writer }{c}, &pattern{bytes: 300_000})
+			_ = c.CloseWrite()
 		}()
 		checkPattern(t, c, 300_000)
 		c.Close()
@@ -226,8 +226,8 @@ func TestForwardTCPTimeWaitReuse(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		c.CloseWrite() // first
-		io.Copy(io.Discard, struct{ io.Reader }{c})
+		_ = c.CloseWrite() // first
+		_, _ = io.Copy(io.Discard, struct{ io.Reader }{c})
 		c.Close()
 	})
 	if err := p.client.SetPortRange(5000, 5000); err != nil {
@@ -266,7 +266,7 @@ func TestForwardUDP(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer u.Close()
-		u.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = u.SetDeadline(time.Now().Add(5 * time.Second))
 		buf := make([]byte, 70000)
 		for _, n := range []int{0, 1, 1372, 1373, 4000, 30000, 65507} {
 			want := make([]byte, n)
@@ -300,7 +300,7 @@ func TestForwardUDPOwnAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer u.Close()
-		u.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(at, 99))
+		_, _ = u.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(at, 99))
 		if d := <-got; d.to != netip.AddrPortFrom(at, 99) || d.payload != "x" {
 			t.Errorf("%+v", d)
 		}
@@ -405,7 +405,7 @@ func TestPacketConnUnreachableIgnored(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	u.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	_ = u.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 	if _, _, err := u.ReadFromUDPAddrPort(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("an unconnected socket got %v", err)
 	}

@@ -54,7 +54,7 @@ func FuzzInput(f *testing.F) {
 	s.ForwardTCP(100, func(r *TCPRequest) { r.Reject(syscall.EHOSTUNREACH) })
 	s.ForwardUDP(func(from, to netip.AddrPort, b []byte) {
 		s.RejectUDP(from, to, b, UnreachableNet)
-		s.WriteUDP(to, from, b)
+		_ = s.WriteUDP(to, from, b)
 	})
 	if _, err := s.ListenTCP(netip.AddrPortFrom(server4, 443)); err != nil {
 		f.Fatal(err)

@@ -41,7 +41,7 @@ func checkUnreachable(t *testing.T, b []byte, from, to netip.AddrPort, code byte
 		quote = quote[20:]
 	} else {
 		ip := header.IPv6(b)
-		if !ip.IsValid(len(b)) || ip.TransportProtocol() != header.ICMPv6ProtocolNumber {
+		if !ip.IsValid(len(b)) || ip.NextHeader() != uint8(header.ICMPv6ProtocolNumber) {
 			t.Fatalf("not a valid IPv6 packet: %x", b)
 		}
 		m := header.ICMPv6(ip.Payload())

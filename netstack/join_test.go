@@ -81,7 +81,7 @@ func (*capture) DeliverLinkPacket(tcpip.NetworkProtocolNumber, *stack.PacketBuff
 // captureStack is a Stack of which only Input works.
 func captureStack() (*Stack, *capture) {
 	c := new(capture)
-	s := &Stack{dev: newDevice(&Config{MTU: 1400, Headroom: 20, Tailroom: 16, Output: func([][]byte) {}})}
+	s := &Stack{st: stack.New(stack.Options{}), dev: newDevice(&Config{MTU: 1400, Headroom: 20, Tailroom: 16, Output: func([][]byte) {}})}
 	s.own.Store(new([]netip.Addr))
 	var n stack.NetworkDispatcher = c
 	s.dev.dispatcher.Store(&n)
@@ -125,7 +125,7 @@ func joinTwin(pkts [][]byte) [][]byte {
 			tos, flow := h.TOS()
 			ip = []any{6, tos, flow, h.HopLimit(), h.SourceAddress(), h.DestinationAddress()}
 		}
-		s.key = fmt.Sprint(ip, tcp.SourcePort(), tcp.DestinationPort(), tcp.AckNumber(), f&^header.TCPFlagPsh, tcp.WindowSize(), tcp.Options())
+		s.key = fmt.Sprint(ip, tcp.SourcePort(), tcp.DestinationPort(), tcp.AckNumber(), f&^header.TCPFlagPsh, tcp.WindowSize(), string(tcp.Options()))
 		return s
 	}
 	var out [][]byte
@@ -332,7 +332,7 @@ func superSegment(spec tcpSpec, mss int, views int) *stack.PacketBuffer {
 	var data buffer.Buffer
 	for i := range views {
 		from, to := i*len(payload)/views, (i+1)*len(payload)/views
-		data.Append(buffer.NewViewWithData(payload[from:to]))
+		_ = data.Append(buffer.NewViewWithData(payload[from:to]))
 	}
 	p := stack.NewPacketBuffer(stack.PacketBufferOptions{ReserveHeaderBytes: 100, Payload: data})
 	copy(p.TransportHeader().Push(len(h)-ipLen), h[ipLen:])
@@ -571,7 +571,7 @@ func BenchmarkTransfer(b *testing.B) {
 				return
 			}
 		}
-		c.CloseWrite()
+		_ = c.CloseWrite()
 	}()
 	buf := make([]byte, size)
 	b.ResetTimer()

@@ -232,8 +232,8 @@ func (p *pair) connect(t testing.TB, at netip.Addr) (c, s *Conn) {
 	}
 	s = a.(*Conn)
 	deadline := time.Now().Add(30 * time.Second)
-	c.SetDeadline(deadline)
-	s.SetDeadline(deadline)
+	_ = c.SetDeadline(deadline)
+	_ = s.SetDeadline(deadline)
 	return c, s
 }
 
@@ -302,7 +302,7 @@ func transfer(t testing.TB, a, b net.Conn, n int) {
 			if _, err := io.CopyBuffer(struct{ io.Writer }{d[0]}, &pattern{bytes: n}, make([]byte, 70000)); err != nil {
 				t.Errorf("send: %v", err)
 			}
-			d[0].(*Conn).CloseWrite()
+			_ = d[0].(*Conn).CloseWrite()
 		}()
 		go func() {
 			defer wg.Done()

@@ -293,7 +293,7 @@ func (r *Resolver) exchange(ctx context.Context, server netip.AddrPort, q dnsmes
 
 func randomID() uint16 {
 	var b [2]byte
-	rand.Read(b[:]) //nolint:errcheck // it never fails, says its documentation
+	rand.Read(b[:]) // never fails
 	return binary.BigEndian.Uint16(b[:])
 }
 
@@ -343,7 +343,7 @@ func (r *Resolver) exchangeTCP(ctx context.Context, server netip.AddrPort, q dns
 		return answer{}, err
 	}
 	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.Abort() })()
+	defer context.AfterFunc(ctx, func() { _ = c.Abort() })()
 	r.s.dnsQueries.Add(1)
 	if _, err := c.Write(msg); err != nil {
 		return answer{}, cause(ctx, err)

@@ -97,9 +97,9 @@ func (d *dnsServer) reply(b []byte, tcp bool) []byte {
 		d.t.Errorf("question: %v %+v", err, h)
 		return nil
 	}
-	p.SkipAllQuestions()
-	p.SkipAllAnswers()
-	p.SkipAllAuthorities()
+	_ = p.SkipAllQuestions()
+	_ = p.SkipAllAnswers()
+	_ = p.SkipAllAuthorities()
 	x, err := p.AdditionalHeader()
 	d.questions.Add(1)
 	r := d.answer(q, tcp, err == nil && x.Type == dnsmessage.TypeOPT)
@@ -122,7 +122,7 @@ func (d *dnsServer) udpLoop(u *PacketConn) {
 			return
 		}
 		if m := d.reply(b[:n], false); m != nil {
-			u.WriteToUDPAddrPort(m, from)
+			_, _ = u.WriteToUDPAddrPort(m, from)
 		}
 	}
 }
@@ -135,11 +135,11 @@ func (d *dnsServer) tcpLoop(l *Listener) {
 			return
 		}
 		var size [2]byte
-		io.ReadFull(c, size[:])
+		_, _ = io.ReadFull(c, size[:])
 		b := make([]byte, binary.BigEndian.Uint16(size[:]))
 		if _, err := io.ReadFull(c, b); err == nil {
 			if m := d.reply(b, true); m != nil {
-				c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(m))), m...))
+				_, _ = c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(m))), m...))
 			}
 		}
 		c.Close()
@@ -278,7 +278,7 @@ func TestLookupCache(t *testing.T) {
 	ask := func(name string, asked int32) {
 		t.Helper()
 		before := d.questions.Load()
-		r.LookupNetIP(testContext(t), "ip4", name)
+		_, _ = r.LookupNetIP(testContext(t), "ip4", name)
 		if n := d.questions.Load() - before; n != asked {
 			t.Errorf("%s: %d questions, want %d", name, n, asked)
 		}

@@ -45,7 +45,7 @@ func TestStackClose(t *testing.T) {
 		}
 		defer c.Close()
 		close(inHandler)
-		io.Copy(io.Discard, struct{ io.Reader }{c})
+		_, _ = io.Copy(io.Discard, struct{ io.Reader }{c})
 	})
 	f, err := p.client.DialTCP(testContext(t), netip.AddrPortFrom(world4, 80))
 	if err != nil {
@@ -121,7 +121,8 @@ func TestStackCloseDuringAccept(t *testing.T) {
 		_, err := r.Accept()
 		failed <- err
 	})
-	go p.client.DialTCP(testContext(t), netip.AddrPortFrom(world4, 80))
+	ctx := testContext(t)
+	go func() { _, _ = p.client.DialTCP(ctx, netip.AddrPortFrom(world4, 80)) }()
 	<-accepting
 	p.server.Close()
 	if err := <-failed; err == nil {
@@ -189,7 +190,7 @@ func TestOutage(t *testing.T) {
 	p := newPair(t, func(c, s *Config) { c.Clock, s.Clock = clock, clock })
 	c, s := p.connect(t, server4)
 	idle, idlePeer := p.connect(t, server4)
-	c.SetDeadline(time.Time{})
+	_ = c.SetDeadline(time.Time{})
 	cut := func(b bool) {
 		for _, y := range []*way{p.up, p.down} {
 			y.mu.Lock()
@@ -198,7 +199,7 @@ func TestOutage(t *testing.T) {
 		}
 	}
 	cut(true)
-	c.Write([]byte("into the dark"))
+	_, _ = c.Write([]byte("into the dark"))
 	for range 8 * 60 * 4 {
 		clock.Advance(15 * time.Second)
 	}
@@ -216,7 +217,7 @@ func TestOutage(t *testing.T) {
 	if err != nil || string(b[:n]) != "into the dark" {
 		t.Fatalf("%q, %v", b[:n], err)
 	}
-	idle.Write([]byte("hello"))
+	_, _ = idle.Write([]byte("hello"))
 	if n, err := idlePeer.Read(b); err != nil || string(b[:n]) != "hello" {
 		t.Fatalf("%q, %v", b[:n], err)
 	}
@@ -230,7 +231,7 @@ func TestOrphan(t *testing.T) {
 	p.up.mu.Lock()
 	p.up.cut = true
 	p.up.mu.Unlock()
-	c.Write([]byte("lost"))
+	_, _ = c.Write([]byte("lost"))
 	c.Close()
 	if n := len(p.client.st.RegisteredEndpoints()); n != 1 {
 		t.Fatalf("%d endpoints", n)
@@ -254,11 +255,11 @@ func TestTimeout(t *testing.T) {
 	clock := faketime.NewManualClock()
 	p := newPair(t, func(c, s *Config) { c.Clock, s.Clock = clock, clock })
 	c, _ := p.connect(t, server4)
-	c.SetDeadline(time.Time{})
+	_ = c.SetDeadline(time.Time{})
 	p.up.mu.Lock()
 	p.up.cut = true
 	p.up.mu.Unlock()
-	c.Write([]byte("lost"))
+	_, _ = c.Write([]byte("lost"))
 	for range 14 * 60 {
 		clock.Advance(time.Minute)
 	}
