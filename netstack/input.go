@@ -135,6 +135,7 @@ func (s *Stack) Input(pkts [][]byte) {
 		c.dropClosed.Add(uint64(len(pkts)))
 		return
 	}
+	s.afterTimeouts()
 	bytes := 0
 	for _, b := range pkts {
 		bytes += len(b)

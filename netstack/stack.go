@@ -134,7 +134,7 @@ type Stack struct {
 	// portWait lets one dial at a time wait for a free port.
 	portWait chan struct{}
 
-	// handlers are the running calls of ForwardTCP's handler.
+	// handlers are the running calls of ForwardTCP's handler, and of repair.
 	handlers sync.WaitGroup
 
 	// mu is held for reading while an endpoint is made, so that Close misses
@@ -144,11 +144,14 @@ type Stack struct {
 	addrMu sync.Mutex // held by SetAddresses; taken before mu
 
 	dnsQueries, dnsHits atomic.Uint64
+
+	outage outage
 }
 
 // quiet silences gVisor's own logger, which would write to stderr, and for
 // some malformed packets one line each.
 var quiet = sync.OnceFunc(func() {
+	//nolint:forbidigo // gVisor's package log, to silence it
 	log.SetTarget(&log.GoogleEmitter{Writer: &log.Writer{Next: io.Discard}})
 })
 
@@ -195,8 +198,10 @@ func (s *Stack) configure() error {
 	maxRTO := tcpip.TCPMaxRTOOption(maxRTO)
 	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	recovery := tcpip.TCPRecovery(0) // no RACK: see outage.go
 	for _, o := range []tcpip.SettableTransportProtocolOption{
 		&sack,
+		&recovery,
 		&moderate,
 		&maxRTO,
 		&retries,
