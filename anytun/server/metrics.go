@@ -41,7 +41,7 @@ type counters struct {
 	receivedPackets, receivedBytes atomic.Uint64
 	sentPackets, sentBytes         atomic.Uint64
 	handshakes, cookies            atomic.Uint64
-	derived, roamed                atomic.Uint64
+	derived, roamed, rejected      atomic.Uint64
 	drops                          [dropCount]atomic.Uint64
 }
 
@@ -54,6 +54,7 @@ type Stats struct {
 	Cookies                        uint64 // asked for instead, under load
 	Derived                        uint64 // sessions derived from a packet
 	Roamed                         uint64 // changes of a client's outer endpoint
+	Rejected                       uint64 // ICMP errors sent to clients
 	Sessions, Clients              int
 	Drops                          map[string]uint64 // by reason
 }
@@ -65,7 +66,7 @@ func (s *Server) Stats() Stats {
 		ReceivedPackets: c.receivedPackets.Load(), ReceivedBytes: c.receivedBytes.Load(),
 		SentPackets: c.sentPackets.Load(), SentBytes: c.sentBytes.Load(),
 		Handshakes: c.handshakes.Load(), Cookies: c.cookies.Load(),
-		Derived: c.derived.Load(), Roamed: c.roamed.Load(),
+		Derived: c.derived.Load(), Roamed: c.roamed.Load(), Rejected: c.rejected.Load(),
 		Drops: make(map[string]uint64, dropCount),
 	}
 	st.Sessions, st.Clients = s.table.size()

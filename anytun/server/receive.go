@@ -5,6 +5,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/anytun-go/anytun/anytun/packet"
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/anytun/udp"
 	"github.com/anytun-go/anytun/anytun/wire"
@@ -28,6 +29,7 @@ type receiver struct {
 	egress [][]byte // inner packets on their way out
 	peers  [][]byte // whole datagrams whose packets go to other clients
 	ctl    [][]byte // control messages of the run in hand
+	lost   [][]byte // packets of the run in hand that can't reach anybody
 	now    time.Time
 }
 
@@ -83,7 +85,7 @@ func (r *receiver) group(g *udp.Group) {
 // the header of the first. It returns what is left.
 func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]byte, from udp.Endpoint) [][]byte {
 	var top, packets, bytes uint64
-	r.ctl = r.ctl[:0]
+	r.ctl, r.lost = r.ctl[:0], r.lost[:0]
 	a.mu.Lock()
 	for {
 		b := list[0]
@@ -139,6 +141,9 @@ func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]b
 	for _, p := range r.ctl {
 		r.control(a, p, from)
 	}
+	for _, p := range r.lost {
+		r.reject(&path{association: a, to: from, conn: r.conn}, p, packet.HostUnreachable, r.now)
+	}
 	return list
 }
 
@@ -148,7 +153,10 @@ func (r *receiver) packet(a *association, b, p []byte) {
 		r.ctl = append(r.ctl, p)
 		return
 	}
-	v, _, why := route(p, a.Client, r.inner)
+	v, to, why := route(p, a.Client, r.inner)
+	if v == toClient && !r.table.online(to) {
+		v, why = toNowhere, DropOffline
+	}
 	switch v {
 	case toEgress:
 		r.egress = append(r.egress, p)
@@ -156,6 +164,9 @@ func (r *receiver) packet(a *association, b, p []byte) {
 		r.peers = append(r.peers, b)
 	case toNowhere:
 		r.counters.drops[why].Add(1)
+		if why == DropOffline || why == DropNoRoute {
+			r.lost = append(r.lost, p)
+		}
 	}
 }
 

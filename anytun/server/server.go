@@ -77,6 +77,7 @@ type Server struct {
 	initiations chan *initiation
 	egress      Egress
 	counters    counters
+	rejecter    rejecter
 }
 
 // New checks the configuration and makes a server that does nothing until Run.
@@ -214,6 +215,9 @@ func (s *Server) Reload() {
 			s.sendControl(w, wire.AppendClose(nil, wire.CloseUnknown))
 		}
 		a.leave()
+		if e, ok := s.egress.(*sockets); ok {
+			e.CloseClient(a.Client)
+		}
 		s.log.Info("client is no longer enrolled", "client", a.Client)
 	}
 }

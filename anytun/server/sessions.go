@@ -79,6 +79,12 @@ func (t *table) lookup(client uint32) *peer {
 	return t.peers[client]
 }
 
+// online says whether a client is there now.
+func (t *table) online(client uint32) bool {
+	p := t.lookup(client)
+	return p != nil && p.path.Load() != nil
+}
+
 // peer returns the entry of an enrolled client, made if need be.
 func (t *table) peer(client uint32) *peer {
 	if p := t.lookup(client); p != nil {

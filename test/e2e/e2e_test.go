@@ -580,6 +580,9 @@ func TestClientToClient(t *testing.T) {
 		if n := w.sum(drops(server.DropOffline)); n != 1 {
 			t.Errorf("%d packets to nobody counted", n)
 		}
+		if n := w.sum(func(s server.Stats) uint64 { return s.Rejected }); n != 1 {
+			t.Errorf("%d packets to nobody answered by an ICMP error", n)
+		}
 	})
 }
 

@@ -248,7 +248,7 @@ func packet(src, dst netip.Addr, n uint64) []byte {
 	p := b[wire.DataHeaderLen : wire.DataHeaderLen+size]
 	p[0] = 0x45
 	binary.BigEndian.PutUint16(p[2:], size)
-	p[8], p[9] = 64, 17
+	p[8], p[9] = 64, 253 // RFC 3692: for experiments
 	s, d := src.As4(), dst.As4()
 	copy(p[12:], s[:])
 	copy(p[16:], d[:])
