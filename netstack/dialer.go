@@ -54,7 +54,12 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 	if err != nil {
 		return fail(err)
 	}
-	c, err := d.race(ctx, interleave(addrs), uint16(port))
+	var c *Conn
+	if len(addrs) == 1 { // nobody to race against
+		c, err = d.Stack.DialTCP(ctx, netip.AddrPortFrom(addrs[0], uint16(port)))
+	} else {
+		c, err = d.race(ctx, interleave(addrs), uint16(port))
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -90,6 +90,7 @@ func (g *gateway) open(ctx context.Context) ([]cmd.Task, error) {
 		err = g.openEmbedded()
 		tasks = append(tasks, cmd.Task{Name: "embedded server", Run: g.runEmbedded})
 	} else {
+		cmd.ShareCPUs() // with the server inside there is work for all of them
 		err = g.openRemote(ctx)
 	}
 	if err != nil {

@@ -39,6 +39,7 @@ func serve(ctx context.Context, s *cmd.Settings) error {
 	if err := g.open(); err != nil {
 		return err
 	}
+	cmd.ShareCPUs()
 	tasks := []cmd.Task{{Name: "server", Run: g.server.Run}}
 	if c.admin != "" {
 		l, err := cmd.ListenAdmin(c.admin, logger)
