@@ -95,7 +95,6 @@ func (h *Handler) serveConnect(w http.ResponseWriter, r *http.Request, ss *sessi
 	case r.ContentLength != 0 || len(r.TransferEncoding) > 0:
 		// A body would end where the tunnel begins, and not everybody would agree where that is.
 		ss.proxy.Counters().Failure(proxy.ReasonMalformed)
-		w.Header().Set("Connection", "close")
 		refuse(w, http.StatusBadRequest, "http_request_error", "CONNECT has no body")
 		return
 	}
@@ -144,8 +143,12 @@ func failure(reason proxy.Reason) []byte {
 // proxyStatus is the Proxy-Status header's value, RFC 9209 section 2.
 func proxyStatus(kind string) string { return "anytun-proxy; error=" + kind }
 
-// refuse replies with a status, the Proxy-Status header and one sentence.
+// refuse replies with a status, the Proxy-Status header and one sentence. After a malformed request the connection ends:
+// who can't write one request may not agree with us on where the next begins.
 func refuse(w http.ResponseWriter, status int, kind, text string) {
+	if status == http.StatusBadRequest {
+		w.Header().Set("Connection", "close")
+	}
 	w.Header().Set("Proxy-Status", proxyStatus(kind))
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Content-Length", fmt.Sprint(len(text)+1))
