@@ -60,7 +60,8 @@ func listenTCP(ctx context.Context, address string) (net.Listener, error) {
 			return nil, fmt.Errorf("%q is not an address of this host; write one in numbers, such as 127.0.0.1", host)
 		}
 	}
-	lc := net.ListenConfig{KeepAliveConfig: listenKeepAlive}
+	var lc net.ListenConfig
+	keepAliveOnListener(&lc)
 	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, p))
 	switch {
 	case err == nil:
