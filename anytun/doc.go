@@ -1,0 +1,22 @@
+// Package anytun is the map of the protocol and its two engines; it holds no
+// code.
+//
+//	wire       bytes of every message; PROTOCOL.md
+//	session    keys, handshake, epochs, replay windows, the client's schedule
+//	packet     views of inner packets, checksums, ICMP errors
+//	portblock  client number to public ports and back
+//	udp        outer sockets, in batches
+//	client     the client's engine: control.go, send.go, receive.go
+//	server     the server's: receive.go, router.go, send.go, sockets*.go, dns*.go
+//
+// The roads of a byte, file by file:
+//
+//	client out  proxy/socks5 → netstack dial → netstack device → client/send.go Seal → udp WriteBatch
+//	client in   udp ReadBatch → client/receive.go Open → netstack Input → net.Conn → proxy.Relay
+//	server out  udp ReadBatch → server/receive.go Open → router.go verdict → sockets.go → the host's sockets
+//	server in   the host's sockets → sockets*.go → server/send.go Seal → udp WriteBatch
+//
+// Packets travel in batches ([][]byte) through every seam. Receive is always
+// from the network, send always to it. test/imports_test.go says who may import
+// whom.
+package anytun
