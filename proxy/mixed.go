@@ -70,6 +70,7 @@ func (s *Server) handshake(ctx context.Context, c *Conn) {
 		h = s.cfg.SOCKS
 	case protocolHTTP:
 		h = s.cfg.HTTP
+	case protocolUnknown: // no handler
 	}
 	if h == nil {
 		s.counters.Failure(ReasonUnknownProtocol)

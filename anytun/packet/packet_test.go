@@ -171,22 +171,36 @@ func samples() []sample {
 		both("nothing", NoNext, NoNext, func(bool) []byte { return nil }, wants{}),
 	)
 	return append(list,
-		sample{"authenticated v6", ip6(AH, append([]byte{uint8(TCP), 1, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9}, tcpSegment(true, "hello")...)),
-			wants{protocol: TCP, hasPorts: true, srcPort: 1234, dstPort: 443, payload: "hello", flags: SYN | ACK}},
-		sample{"routed v6, arrived", ip6(Routing, extension(UDP, 2, udpDatagram(true, "hello"))),
-			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "hello"}},
+		sample{
+			"authenticated v6", ip6(AH, append([]byte{uint8(TCP), 1, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9}, tcpSegment(true, "hello")...)),
+			wants{protocol: TCP, hasPorts: true, srcPort: 1234, dstPort: 443, payload: "hello", flags: SYN | ACK},
+		},
+		sample{
+			"routed v6, arrived", ip6(Routing, extension(UDP, 2, udpDatagram(true, "hello"))),
+			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "hello"},
+		},
 		sample{"icmp of the other version v6", ip6(ICMPv4, []byte("\x08\x00ppiiss")), wants{protocol: ICMPv4, payload: "\x08\x00ppiiss"}},
 		sample{"icmp of the other version v4", ip4(ICMPv6, []byte("\x80\x00ppiiss")), wants{protocol: ICMPv6, payload: "\x80\x00ppiiss"}},
-		sample{"first fragment v4", fragment4(ip4(UDP, udpDatagram(false, "12345678 and so on")[:16]), 0, true),
-			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "12345678", fragmented: true, more: true}},
-		sample{"last fragment v4", fragment4(ip4(UDP, []byte("the rest of the datagram")), 1480, false),
-			wants{protocol: UDP, payload: "the rest of the datagram", fragmented: true, offset: 1480}},
-		sample{"first fragment v6", ip6(FragmentHeader, fragment6(UDP, 0, true, udpDatagram(true, "12345678 and so on")[:16])),
-			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "12345678", fragmented: true, more: true}},
-		sample{"middle fragment v6", ip6(FragmentHeader, fragment6(TCP, 1232, true, []byte("24 bytes of the middle.."))),
-			wants{protocol: TCP, payload: "24 bytes of the middle..", fragmented: true, more: true, offset: 1232}},
-		sample{"last fragment v6 of extensions", ip6(FragmentHeader, fragment6(DestOptions, 1232, false, extension(UDP, 0, []byte("!")))),
-			wants{protocol: DestOptions, payload: "\x11\x00\x00\x00\x00\x00\x00\x00!", fragmented: true, offset: 1232}},
+		sample{
+			"first fragment v4", fragment4(ip4(UDP, udpDatagram(false, "12345678 and so on")[:16]), 0, true),
+			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "12345678", fragmented: true, more: true},
+		},
+		sample{
+			"last fragment v4", fragment4(ip4(UDP, []byte("the rest of the datagram")), 1480, false),
+			wants{protocol: UDP, payload: "the rest of the datagram", fragmented: true, offset: 1480},
+		},
+		sample{
+			"first fragment v6", ip6(FragmentHeader, fragment6(UDP, 0, true, udpDatagram(true, "12345678 and so on")[:16])),
+			wants{protocol: UDP, hasPorts: true, srcPort: 1234, dstPort: 53, payload: "12345678", fragmented: true, more: true},
+		},
+		sample{
+			"middle fragment v6", ip6(FragmentHeader, fragment6(TCP, 1232, true, []byte("24 bytes of the middle.."))),
+			wants{protocol: TCP, payload: "24 bytes of the middle..", fragmented: true, more: true, offset: 1232},
+		},
+		sample{
+			"last fragment v6 of extensions", ip6(FragmentHeader, fragment6(DestOptions, 1232, false, extension(UDP, 0, []byte("!")))),
+			wants{protocol: DestOptions, payload: "\x11\x00\x00\x00\x00\x00\x00\x00!", fragmented: true, offset: 1232},
+		},
 	)
 }
 
@@ -397,6 +411,7 @@ func verify(t *testing.T, name string, v *View) {
 		ok = v.Version != 4 || header.ICMPv4Checksum(upper, 0) == binary.BigEndian.Uint16(upper[2:])
 	case ICMPv6:
 		ok = v.Version != 6 || header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: upper, Src: src, Dst: dst}) == binary.BigEndian.Uint16(upper[2:])
+	default: // no checksum of its own
 	}
 	if !ok {
 		t.Fatalf("%s: transport checksum by gVisor's account", name)

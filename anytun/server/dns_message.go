@@ -190,7 +190,7 @@ func dnsWalk(msg []byte, visit func(*dnsRecord)) bool {
 		return false
 	}
 	at := dnsHeaderLen
-	ok := true
+	var ok bool
 	for range binary.BigEndian.Uint16(msg[4:]) {
 		if at, ok = dnsSkipName(msg, at); !ok || at+4 > len(msg) {
 			return false

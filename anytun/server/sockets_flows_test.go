@@ -22,8 +22,10 @@ func TestEgressFlowsTwin(t *testing.T) {
 		pace   egressPace
 	}
 	const perClient, all = 5, 12
-	c := socketsConfig{MaxFlowsPerClient: perClient, MaxFlows: all, MaxDialsPerClient: 2, MaxDials: 3,
-		QuickTimeout: 30 * time.Second, UDPTimeout: 180 * time.Second, TCPTimeout: time.Hour}
+	c := socketsConfig{
+		MaxFlowsPerClient: perClient, MaxFlows: all, MaxDialsPerClient: 2, MaxDials: 3,
+		QuickTimeout: 30 * time.Second, UDPTimeout: 180 * time.Second, TCPTimeout: time.Hour,
+	}
 	idle := [egressPaces]time.Duration{c.QuickTimeout, c.UDPTimeout, c.TCPTimeout}
 	rng := rand.New(rand.NewPCG(1, 2))
 	table := newEgressFlows(&c)

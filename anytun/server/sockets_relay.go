@@ -46,7 +46,7 @@ func (r *egressRelay) fail(err error) {
 	r.once.Do(func() {
 		r.err = err
 		egressReset(r.host)
-		r.inner.Abort()
+		_ = r.inner.Abort() // it is lost already
 	})
 }
 

@@ -394,7 +394,11 @@ func TestInputGarbage(t *testing.T) {
 	r := newEgressRig(t)
 	before := r.e.Stats().DropMalformed
 	bad := [][]byte{
-		{}, {0x45}, {0x60}, {0xff, 1, 2}, make([]byte, 20),
+		{},
+		{0x45},
+		{0x60},
+		{0xff, 1, 2},
+		make([]byte, 20),
 		append([]byte{0x46}, make([]byte, 22)...), // header beyond the end
 		append([]byte{0x60, 0, 0, 0, 0, 9, 17, 64}, make([]byte, 32)...),
 	}

@@ -78,6 +78,7 @@ func (s *egressSender) trySend(fd uintptr) bool {
 	}
 	for range 3 {
 		s.err = unix.Sendto(int(fd), s.payload, unix.MSG_DONTWAIT, to)
+		//nolint:errorlint // system calls return bare errnos
 		switch s.err {
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.EACCES, unix.EPROTO, unix.EMSGSIZE:
 			// Perhaps the report about an earlier datagram, which is taken
@@ -104,6 +105,7 @@ func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 	}
 	w.payload, w.err = nil, nil
 	egressSenders.Put(w)
+	//nolint:errorlint // as above, or what RawConn says
 	switch err {
 	case nil:
 		return nil
@@ -221,6 +223,7 @@ func (r *egressUDPReader) peer() netip.AddrPort {
 
 // control returns the first control message of a level and type.
 func (r *egressUDPReader) control(level, kind int32) []byte {
+	//nolint:unconvert // Controllen is shorter on 32-bit systems
 	b := unsafe.Slice((*byte)(unsafe.Pointer(&r.oob)), min(uint64(r.hdr.Controllen), uint64(unsafe.Sizeof(r.oob))))
 	for len(b) >= unix.CmsgLen(0) {
 		h, data, rest, err := unix.ParseOneSocketControlMessage(b)

@@ -8,9 +8,10 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/anytun-go/anytun/anytun/wire"
 	"golang.org/x/crypto/blake2s"
 	"golang.org/x/crypto/chacha20poly1305"
+
+	"github.com/anytun-go/anytun/anytun/wire"
 )
 
 // An initiation carries two MACs, after WireGuard (Donenfeld, "WireGuard: Next

@@ -7,9 +7,10 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 
-	"github.com/anytun-go/anytun/anytun/wire"
 	"golang.org/x/crypto/chacha20poly1305"
 	"golang.org/x/sys/cpu"
+
+	"github.com/anytun-go/anytun/anytun/wire"
 )
 
 // expand is HKDF-Expand with SHA-256 (RFC 5869) for a label and a context.

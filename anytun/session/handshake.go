@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/anytun-go/anytun/anytun/wire"
 	"github.com/flynn/noise"
+
+	"github.com/anytun-go/anytun/anytun/wire"
 )
 
 // The handshake is Noise_IK_25519_ChaChaPoly_BLAKE2s (PROTOCOL.md 4). The

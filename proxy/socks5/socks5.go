@@ -116,6 +116,7 @@ func (h *Handler) serve5(ctx context.Context, s *proxy.Server, c *proxy.Conn) {
 		resolve(ctx, s, c, req.target)
 	case proxy.KindSOCKS5ResolvePTR:
 		resolvePTR(ctx, s, c, req.target)
+	default: // the parser makes no others
 	}
 }
 

@@ -392,8 +392,9 @@ func (e Event) String() string {
 		return s + "sent by " + e.Sender.name
 	case Delivered:
 		return s + "delivered to " + e.Receiver.name
+	default:
+		return s + "dropped: " + e.Reason.String()
 	}
-	return s + "dropped: " + e.Reason.String()
 }
 
 // DropReason says why a datagram was lost.
