@@ -44,7 +44,7 @@ func pingModes(t *testing.T, f func(t *testing.T, v6 bool, open egressPingOpen))
 					if !os.IsPermission(err) && !strings.Contains(err.Error(), syscall.EAFNOSUPPORT.Error()) {
 						t.Fatal(err)
 					}
-					t.Skipf("this host gives no such socket: %v", err)
+					t.Skipf("this host gives no such socket (TestPingSocketsAllowed, as root, runs this where it does): %v", err)
 				}
 				s.close()
 				f(t, v6, func(v6, isRaw bool) (*egressUDPSocket, error) {
