@@ -94,8 +94,7 @@ func TestSpraying(t *testing.T) {
 func TestServerDeath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 2)
-		u := w.client(7)
-		w.net.SetRoute(u.host, anycast, w.servers[0].host)
+		u := w.client(7, func(h *simnet.Host) { w.net.SetRoute(h, anycast, w.servers[0].host) })
 		settle()
 		u.send(1, 50)
 		settle()
@@ -174,9 +173,8 @@ func TestBadLink(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 2)
 		w.net.Spray(anycast, true)
-		u := w.client(7)
 		bad := simnet.Link{Delay: 20 * time.Millisecond, Jitter: 30 * time.Millisecond, Loss: 0.3, Duplicate: 0.2, Corrupt: 0.1, Reorder: 0.2}
-		u.host.SetLinks(bad, bad)
+		u := w.client(7, func(h *simnet.Host) { h.SetLinks(bad, bad) })
 		time.Sleep(2 * time.Minute)
 		if !u.Status().Connected {
 			t.Fatalf("no session over a bad link: %+v, %+v", u.Status(), u.Stats())
@@ -230,9 +228,8 @@ func TestDuplicatesAtOneServer(t *testing.T) {
 func TestRoaming(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1)
-		u := w.client(7)
 		nat := w.net.NAT(netip.MustParseAddr("192.0.2.200"), 30*time.Second)
-		u.host.Behind(nat)
+		u := w.client(7, func(h *simnet.Host) { h.Behind(nat) })
 		settle()
 		for i, outer := range []string{"", "192.0.2.201", "192.0.2.202"} {
 			first := uint64(i)*100 + 1
@@ -264,9 +261,8 @@ func TestRoaming(t *testing.T) {
 func TestRoamingWhileReceiving(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1)
-		u := w.client(7)
 		nat := w.net.NAT(netip.MustParseAddr("192.0.2.200"), 0)
-		u.host.Behind(nat)
+		u := w.client(7, func(h *simnet.Host) { h.Behind(nat) })
 		settle()
 		push := func(first, last uint64) { // a packet every 10 ms
 			for n := first; n <= last; n++ {
@@ -311,8 +307,7 @@ func (p *tap) events() []simnet.Event {
 func TestReplayMovesNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 2)
-		u := w.client(7)
-		w.net.SetRoute(u.host, anycast, w.servers[0].host)
+		u := w.client(7, func(h *simnet.Host) { w.net.SetRoute(h, anycast, w.servers[0].host) })
 		var wiretap tap
 		w.net.SetTrace(wiretap.trace)
 		settle()

@@ -198,11 +198,15 @@ func (w *world) enrol(number uint32) session.PrivateKey {
 	return key
 }
 
-// client starts an enrolled client at an address of its own.
-func (w *world) client(number uint32) *user {
+// client starts an enrolled client at an address of its own, after before has
+// set up its host.
+func (w *world) client(number uint32, before ...func(*simnet.Host)) *user {
 	w.t.Helper()
 	addr := netip.AddrFrom4([4]byte{10, 0, byte(number >> 8), byte(number)})
 	u := &user{world: w, number: number, key: w.enrol(number), got: map[uint64]int{}, host: w.net.Host(fmt.Sprint("client ", number), addr)}
+	for _, f := range before {
+		f(u.host)
+	}
 	w.startClient(u)
 	return u
 }

@@ -30,6 +30,10 @@ import (
 	"github.com/anytun-go/anytun/test/simnet"
 )
 
+// limit ends an exchange that hangs; the slowest takes a few seconds when the
+// machine has nothing else to do.
+const limit = 2 * time.Minute
+
 var service = netip.MustParseAddrPort("203.0.113.1:4444")
 
 // gateway is one client with its SOCKS port, one server, and the network that
@@ -165,7 +169,7 @@ func destination(t *testing.T) string {
 			}
 			wg.Go(func() {
 				defer c.Close()
-				_ = c.SetDeadline(time.Now().Add(time.Minute))
+				_ = c.SetDeadline(time.Now().Add(limit))
 				var n [8]byte
 				if _, err := io.ReadFull(c, n[:]); err != nil {
 					return
@@ -212,7 +216,7 @@ func (g *gateway) exchange(t *testing.T, to string, down, up int) {
 		t.Fatalf("dial: %v", err)
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
 		t.Fatal(err)
 	}
 	sent := pattern(up)
