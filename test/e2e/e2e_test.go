@@ -355,6 +355,44 @@ func TestReplayMovesNobody(t *testing.T) {
 	})
 }
 
+// A packet that was held up somewhere and arrives late from another address is
+// taken, but moves nobody: newer ones have told where the client is.
+func TestLatePacketMovesNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 1)
+		u := w.client(7)
+		settle()
+		var wiretap tap
+		w.net.SetTrace(wiretap.trace)
+		u.host.SetLinks(simnet.Link{Loss: 1}, simnet.Link{})
+		u.send(1, 1)
+		settle()
+		held := wiretap.events()
+		if once, _ := u.came(1, 1); once != 0 || len(held) != 1 {
+			t.Fatalf("%d datagrams held up, %d came through", len(held), once)
+		}
+		u.host.SetLinks(simnet.Link{}, simnet.Link{})
+		u.send(2, 10)
+		settle()
+		thief := w.net.Host("thief", netip.MustParseAddr("192.0.2.66"))
+		conn, err := thief.Listen(netip.MustParseAddrPort("192.0.2.66:6666"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.WriteBatch([][]byte{held[0].Payload}, udp.Endpoint{Addr: service}); err != nil {
+			t.Fatal(err)
+		}
+		settle()
+		u.expect(1, 10) // the late one too, answered to where the client is
+		if n := w.sum(func(s server.Stats) uint64 { return s.Roamed }); n != 0 {
+			t.Error("the client was moved")
+		}
+		u.send(11, 20)
+		settle()
+		u.expect(1, 20)
+	})
+}
+
 // Garbage, truncations, forgeries and strangers cost nothing that lasts and are
 // counted by reason; none gets an answer.
 func TestGarbage(t *testing.T) {
