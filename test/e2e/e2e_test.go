@@ -313,11 +313,7 @@ func TestReplayMovesNobody(t *testing.T) {
 		settle()
 		u.send(1, 20)
 		settle()
-		thief := w.net.Host("thief", netip.MustParseAddr("192.0.2.66"))
-		conn, err := thief.Listen(netip.MustParseAddrPort("192.0.2.66:6666"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		thief, conn := w.stranger()
 		w.net.SetRoute(thief, anycast, w.servers[0].host)
 		events := wiretap.events()
 		before := w.servers[0].Stats()
@@ -348,7 +344,7 @@ func TestReplayMovesNobody(t *testing.T) {
 			t.Error("the client was moved")
 		}
 		for _, e := range wiretap.events() {
-			if e.To.Addr() == netip.MustParseAddr("192.0.2.66") {
+			if e.To.Addr() == strangerAddr {
 				t.Errorf("the thief got %v", e)
 			}
 		}
@@ -374,11 +370,7 @@ func TestLatePacketMovesNobody(t *testing.T) {
 		u.host.SetLinks(simnet.Link{}, simnet.Link{})
 		u.send(2, 10)
 		settle()
-		thief := w.net.Host("thief", netip.MustParseAddr("192.0.2.66"))
-		conn, err := thief.Listen(netip.MustParseAddrPort("192.0.2.66:6666"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, conn := w.stranger()
 		if err := conn.WriteBatch([][]byte{held[0].Payload}, udp.Endpoint{Addr: service}); err != nil {
 			t.Fatal(err)
 		}
@@ -404,11 +396,7 @@ func TestGarbage(t *testing.T) {
 		settle()
 		u.send(1, 5)
 		settle()
-		thief := w.net.Host("thief", netip.MustParseAddr("192.0.2.66"))
-		conn, err := thief.Listen(netip.MustParseAddrPort("192.0.2.66:6666"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, conn := w.stranger()
 		send := func(b []byte) {
 			if err := conn.WriteBatch([][]byte{bytes.Clone(b)}, udp.Endpoint{Addr: service}); err != nil {
 				t.Fatal(err)
@@ -467,7 +455,7 @@ func TestGarbage(t *testing.T) {
 			t.Errorf("%d sessions, %d before", n, sessions)
 		}
 		for _, e := range wiretap.events() {
-			if e.To.Addr() == netip.MustParseAddr("192.0.2.66") {
+			if e.To.Addr() == strangerAddr {
 				t.Errorf("somebody was answered: %v", e)
 			}
 		}
@@ -482,11 +470,7 @@ func TestGarbage(t *testing.T) {
 func TestCookieUnderLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1)
-		flooder := w.net.Host("flooder", netip.MustParseAddr("192.0.2.66"))
-		conn, err := flooder.Listen(netip.MustParseAddrPort("192.0.2.66:6666"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		_, conn := w.stranger()
 		key := w.enrol(99)
 		var flood [][]byte
 		for range 1500 {

@@ -20,9 +20,10 @@ import (
 )
 
 var (
-	anycast = netip.MustParseAddr("203.0.113.1")
-	service = netip.AddrPortFrom(anycast, 4444)
-	far     = netip.MustParseAddr("198.51.100.1") // somebody on the Internet
+	anycast      = netip.MustParseAddr("203.0.113.1")
+	service      = netip.AddrPortFrom(anycast, 4444)
+	strangerAddr = netip.MustParseAddr("192.0.2.66")
+	far          = netip.MustParseAddr("198.51.100.1") // somebody on the Internet
 )
 
 // world is a cluster, its clients, and the network between them.
@@ -302,4 +303,15 @@ func (w *world) sum(f func(server.Stats) uint64) (n uint64) {
 
 func drops(reason server.Drop) func(server.Stats) uint64 {
 	return func(s server.Stats) uint64 { return s.Drops[reason.String()] }
+}
+
+// stranger is a host that belongs to nobody, at 192.0.2.66, and its socket.
+func (w *world) stranger() (*simnet.Host, *simnet.Conn) {
+	w.t.Helper()
+	h := w.net.Host("stranger", strangerAddr)
+	c, err := h.Listen(netip.AddrPortFrom(strangerAddr, 6666))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return h, c
 }
