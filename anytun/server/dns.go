@@ -331,6 +331,12 @@ func (s *dnsService) shared(ctx context.Context, q *dnsQuery) (*dnsAnswer, error
 			return nil, ctx.Err()
 		}
 	}
+	// Somebody may have had the answer since begin looked.
+	if a := s.cache.get(q.key, s.now()); a != nil {
+		s.mu.Unlock()
+		s.count.shared.Add(1)
+		return a, nil
+	}
 	call := &dnsCall{done: make(chan struct{})}
 	s.calls[q.key] = call
 	s.mu.Unlock()
