@@ -21,7 +21,9 @@ import (
 //
 // For the same reason RACK is off. After a time-out gVisor's RACK takes all
 // that was in flight for lost but not out of the pipe, sends nothing until the
-// next time-out, and recovers a handful of segments with each.
+// next time-out, and recovers a handful of segments with each. The price is
+// paid on paths that reorder all the time, where duplicate acknowledgements
+// alone take reordering for loss.
 
 // collapsed is the slow-start threshold, in segments, that repeated time-outs
 // leave behind (the floor of RFC 5681, equation 4).
