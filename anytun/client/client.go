@@ -100,9 +100,8 @@ type Client struct {
 	// controlLoop. When it is full the newest is dropped and counted: the
 	// attempt's own retry makes up for it.
 	control chan []byte
-	// refused: the server has said that it no longer knows us; kick: the path may
-	// have changed; wake: look again.
-	refused, kick, wake chan struct{}
+	// refused: the server has said that it no longer knows us; wake: packets come.
+	refused, wake chan struct{}
 }
 
 // New checks the configuration and returns a client that does nothing until Run.
@@ -127,7 +126,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	return &Client{
 		cfg: cfg, log: cfg.Logger, interval: uint16(cfg.KeepAlive / time.Second),
-		control: make(chan []byte, 16), refused: make(chan struct{}, 1), kick: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		control: make(chan []byte, 16), refused: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -148,10 +147,6 @@ func (c *Client) Run(ctx context.Context) error {
 	}
 	return err
 }
-
-// Hurry tells that the network may have changed: the client asks its server for
-// a sign of life at once.
-func (c *Client) Hurry() { notify(c.kick) }
 
 func notify(ch chan<- struct{}) {
 	select {

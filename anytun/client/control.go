@@ -23,7 +23,7 @@ type upkeep struct {
 }
 
 // controlLoop asks the schedule what to do, does it, and waits for the next
-// deadline, a handshake message, or a kick.
+// deadline, a handshake message, or the first packet after a silence.
 func (c *Client) controlLoop(ctx context.Context) {
 	u := &upkeep{schedule: session.Schedule{Jitter: jitter}, wall: time.Now()}
 	timer := time.NewTimer(0)
@@ -38,8 +38,6 @@ func (c *Client) controlLoop(ctx context.Context) {
 			c.log.Warn("the server no longer knows this client; trying again")
 			c.current.Store(nil)
 			u.schedule.Abandon()
-		case <-c.kick:
-			u.schedule.Hurry()
 		case <-c.wake:
 		case <-timer.C:
 		}

@@ -96,12 +96,6 @@ func (c *Cluster) epochAt(now time.Time) uint32 {
 	return uint32(d / c.length)
 }
 
-// Next returns when the epoch after the current one begins: the time to call
-// Advance again.
-func (c *Cluster) Next() time.Time {
-	return c.origin.Add(time.Duration(c.set.Load().current+1) * c.length)
-}
-
 // Advance moves to the epoch of now and forgets secrets that have had their
 // overlap. It says whether a secret was erased: then the key file should be
 // written anew from Marshal. A clock that goes back changes nothing.

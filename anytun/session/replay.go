@@ -39,6 +39,3 @@ func (w *Window) Mark(c uint64) {
 	}
 	w.bits[c/64%windowWords] |= 1 << (c % 64)
 }
-
-// Top returns the highest counter seen.
-func (w *Window) Top() uint64 { return w.top }

@@ -169,11 +169,3 @@ func (o *Opener) add(sender uint16) *senderWindow {
 	*old = senderWindow{sender: sender}
 	return old
 }
-
-// Top returns the highest counter accepted from sender.
-func (o *Opener) Top(sender uint16) uint64 {
-	if w := o.find(sender); w != nil {
-		return w.window.top
-	}
-	return 0
-}

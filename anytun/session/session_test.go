@@ -310,7 +310,7 @@ func TestWindowAgainstTwin(t *testing.T) {
 				w.Mark(c)
 			}
 			if got != want {
-				t.Fatalf("seed %d, step %d: counter %d (top-%d) fresh=%v, want %v", seed, n, c, w.Top()-c, got, want)
+				t.Fatalf("seed %d, step %d: counter %d (top-%d) fresh=%v, want %v", seed, n, c, w.top-c, got, want)
 			}
 		}
 	}
@@ -337,9 +337,6 @@ func TestEpochs(t *testing.T) {
 	}
 	if e := c.Epoch(); e != 0 {
 		t.Errorf("epoch %d", e)
-	}
-	if n := c.Next(); !n.Equal(start.Add(DefaultEpoch)) {
-		t.Errorf("next epoch at %v", n)
 	}
 	if c.Advance(start.Add(DefaultEpoch)) || c.Epoch() != 1 {
 		t.Errorf("epoch %d, or a secret lost its overlap", c.Epoch())
