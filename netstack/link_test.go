@@ -44,6 +44,7 @@ type weather struct {
 type way struct {
 	t     testing.TB
 	queue chan [][]byte
+	stop  chan struct{}
 	done  chan struct{}
 	to    *Stack
 
@@ -57,7 +58,7 @@ type way struct {
 }
 
 func newWay(t testing.TB, seed uint64) *way {
-	return &way{t: t, queue: make(chan [][]byte, 4096), done: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 1))}
+	return &way{t: t, queue: make(chan [][]byte, 4096), stop: make(chan struct{}), done: make(chan struct{}), rng: rand.New(rand.NewPCG(seed, 1))}
 }
 
 // output is Config.Output. It checks the contract, takes the packets away and
@@ -117,8 +118,13 @@ func (y *way) set(w weather) { y.mu.Lock(); y.w = w; y.mu.Unlock() }
 
 func (y *way) deliverLoop() {
 	defer close(y.done)
-	for b := range y.queue {
-		y.to.Input(b)
+	for {
+		select {
+		case b := <-y.queue:
+			y.to.Input(b)
+		case <-y.stop:
+			return
+		}
 	}
 }
 
@@ -136,8 +142,10 @@ func (p *pair) close() {
 	p.ended = true
 	p.client.Close()
 	p.server.Close()
-	close(p.up.queue)
-	close(p.down.queue)
+	// The queues stay open: a packet that is being delivered just now may still
+	// cause an answer.
+	close(p.up.stop)
+	close(p.down.stop)
 	<-p.up.done
 	<-p.down.done
 }
