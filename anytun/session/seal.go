@@ -90,6 +90,7 @@ type Opener struct {
 	senders []*senderWindow
 	clock   uint64
 	floor   uint64 // highest counter of any window that was evicted
+	old     uint64 // counters up to here are too old, whatever the windows say
 }
 
 func onlyClient(s uint16) bool { return s == wire.ClientSender }
@@ -119,7 +120,7 @@ func (o *Opener) Open(b []byte, h wire.DataHeader) ([]byte, error) {
 		return nil, ErrSender
 	}
 	w := o.find(h.Sender)
-	if w == nil && h.Counter <= o.floor || w != nil && !w.window.Fresh(h.Counter) {
+	if !o.fresh(w, h.Counter) {
 		return nil, ErrReplay
 	}
 	putNonce(&o.nonce, h.Sender, h.Counter)
@@ -130,6 +131,26 @@ func (o *Opener) Open(b []byte, h wire.DataHeader) ([]byte, error) {
 	}
 	o.mark(w, h)
 	return packet, nil
+}
+
+func (o *Opener) fresh(w *senderWindow, counter uint64) bool {
+	if counter <= o.old {
+		return false
+	}
+	if w == nil {
+		return counter > o.floor
+	}
+	return w.window.Fresh(counter)
+}
+
+// Raise says that somebody else has opened the message with this counter, so
+// that those a window's length before it are too old here, too. It is for
+// Openers of one sender, those of servers: a message that was caught and is
+// replayed to another server then has only that window.
+func (o *Opener) Raise(counter uint64) {
+	if counter > WindowLen {
+		o.old = max(o.old, counter-WindowLen)
+	}
 }
 
 func (o *Opener) mark(w *senderWindow, h wire.DataHeader) {
@@ -146,7 +167,7 @@ func (o *Opener) mark(w *senderWindow, h wire.DataHeader) {
 // was new.
 func (o *Opener) Note(h wire.DataHeader) bool {
 	w := o.find(h.Sender)
-	if w == nil && h.Counter <= o.floor || w != nil && !w.window.Fresh(h.Counter) {
+	if !o.fresh(w, h.Counter) {
 		return false
 	}
 	o.mark(w, h)

@@ -743,3 +743,31 @@ func benchmarkCrypto(b *testing.B, open bool) {
 		})
 	}
 }
+
+func TestRaise(t *testing.T) {
+	o := newOpener(nil, onlyClient)
+	h := wire.DataHeader{Counter: 3 * WindowLen}
+	o.Raise(h.Counter)
+	for _, c := range []struct {
+		counter uint64
+		fresh   bool
+	}{{2 * WindowLen, false}, {2*WindowLen - 1, false}, {2*WindowLen + 1, true}, {4 * WindowLen, true}} {
+		if got := o.fresh(nil, c.counter); got != c.fresh {
+			t.Errorf("counter %d: fresh %v", c.counter, got)
+		}
+	}
+	// What is below stays old although the sender's own window would reach there.
+	h.Counter = 2*WindowLen + 1
+	if !o.Note(h) {
+		t.Fatal("a fresh counter was refused")
+	}
+	for _, c := range []uint64{WindowLen + 5, 2 * WindowLen, h.Counter} {
+		if o.Note(wire.DataHeader{Counter: c}) {
+			t.Errorf("counter %d was taken", c)
+		}
+	}
+	o.Raise(5) // never back
+	if o.fresh(nil, 2*WindowLen) {
+		t.Error("a lower word made old counters fresh")
+	}
+}
