@@ -49,6 +49,7 @@ type Session struct {
 	Number              uint32 // client number
 	Server              uint16 // number of the server that answered
 	Addresses, Gateways [2]netip.Addr
+	Public              [2]netip.Addr // what the world sees, IPv4 and IPv6; the zero Addr: not told
 	MTU                 int
 	FirstPort, LastPort uint16 // the client's ports
 	PublicPort          bool   // the Internet can reach them
@@ -187,9 +188,18 @@ func (a *active) session() Session {
 		Number: a.Grant.Client, Server: a.Server, MTU: int(a.MTU),
 		Addresses: [2]netip.Addr{netip.AddrFrom4(a.IPv4), netip.AddrFrom16(a.IPv6)},
 		Gateways:  [2]netip.Addr{netip.AddrFrom4(a.Gateway4), netip.AddrFrom16(a.Gateway6)},
+		Public:    [2]netip.Addr{unlessZero(netip.AddrFrom4(a.Public4)), unlessZero(netip.AddrFrom16(a.Public6))},
 		FirstPort: a.FirstPort, LastPort: a.LastPort, PublicPort: a.PublicPort,
 		KeepAlive: a.keepAlive, Cipher: a.Grant.Cipher,
 	}
+}
+
+// unlessZero turns the protocol's "none" into Go's.
+func unlessZero(a netip.Addr) netip.Addr {
+	if a.IsUnspecified() {
+		return netip.Addr{}
+	}
+	return a
 }
 
 // jitter needs no secrecy: it only spreads retries.

@@ -15,6 +15,9 @@ const (
 	ControlKeepAlive Control = 1 // section 6.1
 	ControlAlive     Control = 2 // section 6.2
 	ControlClose     Control = 3 // section 6.3
+
+	ControlPortsRequest Control = 4 // section 6.4
+	ControlPorts        Control = 5 // section 6.5
 )
 
 // IsControl says whether the plaintext p is a control message.
@@ -25,6 +28,10 @@ const (
 	KeepAliveLen = 12
 	AliveLen     = 4 + 8 + 16 + 2
 	CloseLen     = 2
+
+	PortsRequestLen = 10
+	portsLen        = 2 + 8 + 4 + 1 // without the blocks
+	portBlockLen    = 2 + 2 + 4
 )
 
 // KeepAlive asks the other end for a sign of life (PROTOCOL.md 6.1).

@@ -230,10 +230,14 @@ type Grant struct {
 	IPv6       [16]byte //
 	Gateway4   [4]byte  // inner addresses of the servers: gateway, DNS
 	Gateway6   [16]byte
+	Public4    [4]byte  // egress addresses: what the world sees of the client;
+	Public6    [16]byte // zero where there is none of its own
 }
 
 const (
+	// grantLen is what the first servers sent; grantPublicLen follows it.
 	grantLen            = 8 + 4 + 4 + 8 + 32 + 4 + 2 + 2 + 2 + 2 + 2 + 1 + 1 + 4 + 16 + 4 + 16
+	grantPublicLen      = 4 + 16
 	grantFlagPublicPort = 1
 )
 
@@ -258,10 +262,13 @@ func AppendGrant(b []byte, g Grant) []byte {
 	b = append(b, g.IPv4[:]...)
 	b = append(b, g.IPv6[:]...)
 	b = append(b, g.Gateway4[:]...)
-	return append(b, g.Gateway6[:]...)
+	b = append(b, g.Gateway6[:]...)
+	b = append(b, g.Public4[:]...)
+	return append(b, g.Public6[:]...)
 }
 
-// ParseGrant reads the payload of a response. Bytes behind the known fields are
+// ParseGrant reads the payload of a response. The public addresses are zero
+// when the server is too old to send them. Bytes behind the known fields are
 // ignored, for later versions to use.
 func ParseGrant(b []byte) (g Grant, err error) {
 	if len(b) < grantLen {
@@ -285,6 +292,10 @@ func ParseGrant(b []byte) (g Grant, err error) {
 	copy(g.IPv6[:], b[20:])
 	copy(g.Gateway4[:], b[36:])
 	copy(g.Gateway6[:], b[40:])
+	if b = b[56:]; len(b) >= grantPublicLen {
+		copy(g.Public4[:], b)
+		copy(g.Public6[:], b[4:])
+	}
 	switch {
 	case g.Server == ClientSender, g.KeepAlive == 0, g.MTU < MinMTU,
 		g.FirstPort == 0, g.LastPort < g.FirstPort, g.Lifetime == 0,

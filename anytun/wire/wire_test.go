@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -134,6 +135,7 @@ func goodGrant() Grant {
 		Time: 1, Epoch: 2, Lifetime: 3, SessionID: 4, Secret: [32]byte{5}, Client: 6, Server: 7, KeepAlive: 8,
 		MTU: 1400, FirstPort: 1024, LastPort: 2047, Cipher: ChaCha20Poly1305, PublicPort: true,
 		IPv4: [4]byte{100, 64, 0, 6}, IPv6: [16]byte{0xfd, 15: 1}, Gateway4: [4]byte{100, 64}, Gateway6: [16]byte{0xfd, 15: 2},
+		Public4: [4]byte{203, 0, 113, 2}, Public6: [16]byte{0x20, 1, 0x0d, 0xb8, 15: 3},
 	}
 }
 
@@ -143,7 +145,8 @@ func TestGrant(t *testing.T) {
 	want := unhex(t, "0000000000000001"+"00000002"+"00000003"+"0000000000000004"+
 		"05"+"00000000000000000000000000000000000000000000000000000000000000"+
 		"00000006"+"0007"+"0008"+"0578"+"0400"+"07ff"+"01"+"01"+
-		"64400006"+"fd000000000000000000000000000001"+"64400000"+"fd000000000000000000000000000002")
+		"64400006"+"fd000000000000000000000000000001"+"64400000"+"fd000000000000000000000000000002"+
+		"cb007102"+"20010db8000000000000000000000003")
 	if !bytes.Equal(b, want) {
 		t.Fatalf("grant\n%x, want\n%x", b, want)
 	}
@@ -153,10 +156,20 @@ func TestGrant(t *testing.T) {
 	if got, err := ParseGrant(append(b, 1, 2, 3)); err != nil || got != g {
 		t.Fatalf("later fields must be ignored: %v", err)
 	}
-	for n := range len(b) {
+	for n := range grantLen {
 		if _, err := ParseGrant(b[:n]); !errors.Is(err, ErrShort) {
 			t.Fatalf("prefix of %d bytes: %v", n, err)
 		}
+	}
+	old := g
+	old.Public4, old.Public6 = [4]byte{}, [16]byte{}
+	for n := grantLen; n < len(b); n++ {
+		if got, err := ParseGrant(b[:n]); err != nil || got != old {
+			t.Fatalf("%d bytes, as from an older server: %+v, %v", n, got, err)
+		}
+	}
+	if n := prefixLen + 32 + TagLen + len(b) + TagLen; n > MaxResponseLen {
+		t.Errorf("a response of %d bytes is larger than an initiation", n)
 	}
 	for name, spoil := range map[string]func(*Grant){
 		"server 0": func(g *Grant) { g.Server = 0 }, "no keepalive": func(g *Grant) { g.KeepAlive = 0 },
@@ -217,6 +230,73 @@ func TestControl(t *testing.T) {
 	}
 }
 
+func TestPortsRequestBytes(t *testing.T) {
+	m := PortsRequest{Blocks: 3, Token: 0x1122334455667788}
+	b := AppendPortsRequest(nil, m)
+	if want := unhex(t, "0403"+"1122334455667788"); !bytes.Equal(b, want) || !IsControl(b) {
+		t.Fatalf("request %x", b)
+	}
+	if got, err := ParsePortsRequest(append(b, 9)); err != nil || got != m {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	for n := range b {
+		if _, err := ParsePortsRequest(b[:n]); !errors.Is(err, ErrShort) {
+			t.Fatalf("prefix of %d bytes: %v", n, err)
+		}
+	}
+	b[0] = byte(ControlPorts)
+	if _, err := ParsePortsRequest(b); !errors.Is(err, ErrType) {
+		t.Fatalf("type: %v", err)
+	}
+}
+
+func TestPortsBytes(t *testing.T) {
+	m := Ports{
+		Status: PortsNoneFree, Token: 0x1122334455667788, Lifetime: 3600,
+		Blocks: []PortBlock{{2048, 3071, [4]byte{203, 0, 113, 2}}, {64512, 65535, [4]byte{}}},
+	}
+	b := AppendPorts(nil, m)
+	if want := unhex(t, "0501"+"1122334455667788"+"00000e10"+"02"+"08000bffcb007102"+"fc00ffff00000000"); !bytes.Equal(b, want) || !IsControl(b) {
+		t.Fatalf("ports %x, want %x", b, want)
+	}
+	same := func(got Ports, err error) bool {
+		return err == nil && got.Status == m.Status && got.Token == m.Token && got.Lifetime == m.Lifetime &&
+			slices.Equal(got.Blocks, m.Blocks)
+	}
+	if got, err := ParsePorts(b, nil); !same(got, err) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if got, err := ParsePorts(append(b, 9), make([]PortBlock, 5)); !same(got, err) {
+		t.Fatalf("with room and later fields: %+v, %v", got, err)
+	}
+	for n := range b {
+		if _, err := ParsePorts(b[:n], nil); !errors.Is(err, ErrShort) {
+			t.Fatalf("prefix of %d bytes: %v", n, err)
+		}
+	}
+	for name, spoil := range map[string]func(b []byte){
+		"port 0":       func(b []byte) { b[15], b[16] = 0, 0 },
+		"last < first": func(b []byte) { b[17], b[18] = 0, 1 },
+		"count":        func(b []byte) { b[14] = MaxPortBlocks + 1 },
+		"no lifetime":  func(b []byte) { clear(b[10:14]) },
+	} {
+		bad := append(bytes.Clone(b), make([]byte, 1000)...)
+		spoil(bad)
+		if _, err := ParsePorts(bad, nil); !errors.Is(err, ErrValue) {
+			t.Errorf("%s: %v, want ErrValue", name, err)
+		}
+	}
+	for s := range PortsStatus(5) {
+		if got, err := ParsePorts(AppendPorts(nil, Ports{Status: s}), nil); err != nil || got.Status != s || s.String() == "" {
+			t.Errorf("status %v: %+v, %v", s, got, err)
+		}
+	}
+	many := AppendPorts(nil, Ports{Lifetime: 1, Blocks: slices.Repeat(m.Blocks, MaxPortBlocks)})
+	if got, err := ParsePorts(many, nil); err != nil || len(got.Blocks) != MaxPortBlocks || len(many) > MinMTU {
+		t.Errorf("too many blocks: %d in %d bytes, %v", len(got.Blocks), len(many), err)
+	}
+}
+
 // FuzzParse feeds every parser of outside bytes; what parses must come back the
 // same when it is written again.
 func FuzzParse(f *testing.F) {
@@ -225,6 +305,9 @@ func FuzzParse(f *testing.F) {
 	f.Add(AppendKeepAlive(nil, KeepAlive{Interval: 20, Token: 1}))
 	f.Add(AppendAlive(nil, Alive{Server: 1}))
 	f.Add(AppendClose(nil, CloseLeaving))
+	f.Add(AppendGrant(nil, goodGrant())[:grantLen])
+	f.Add(AppendPortsRequest(nil, PortsRequest{Blocks: 1, Token: 2}))
+	f.Add(AppendPorts(nil, Ports{Token: 1, Lifetime: 60, Blocks: []PortBlock{{First: 1024, Last: 2047}}}))
 	f.Add(append(AppendInitiationPrefix(nil, Exchange{1}), make([]byte, InitiationLen-prefixLen)...))
 	f.Add(append(AppendResponsePrefix(nil, Exchange{1}), make([]byte, minNoiseTwoLen)...))
 	f.Add(AppendCookie(nil, Cookie{Nonce: make([]byte, 24), Sealed: make([]byte, 32)}))
@@ -268,6 +351,12 @@ func FuzzParse(f *testing.F) {
 				t.Errorf("alive: %+v became %+v", m, n)
 			}
 		}
+		if m, err := ParsePortsRequest(b); err == nil && !bytes.Equal(AppendPortsRequest(nil, m), b[:PortsRequestLen]) {
+			t.Error("ports request changed")
+		}
+		if m, err := ParsePorts(b, nil); err == nil && !bytes.HasPrefix(b, AppendPorts(nil, m)) {
+			t.Error("ports changed")
+		}
 		if r, err := ParseClose(b); err == nil {
 			if s, err := ParseClose(AppendClose(nil, r)); err != nil || s != r {
 				t.Errorf("close: %v became %v", r, s)
@@ -280,9 +369,12 @@ func TestParseAllocatesNothing(t *testing.T) {
 	b := append(AppendInitiationPrefix(nil, Exchange{1}), make([]byte, InitiationLen-prefixLen)...)
 	d := make([]byte, 100)
 	PutData(d, DataHeader{})
+	ports := AppendPorts(nil, Ports{Lifetime: 1, Blocks: []PortBlock{{First: 1, Last: 2}}})
+	room := make([]PortBlock, MaxPortBlocks)
 	if n := testing.AllocsPerRun(100, func() {
 		_, _ = ParseInitiation(b)
 		_, _ = ParseData(d)
+		_, _ = ParsePorts(ports, room)
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
