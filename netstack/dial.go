@@ -1,23 +1,15 @@
 package netstack
 
 import (
+	"cmp"
 	"context"
 	"net"
 	"net/netip"
 	"syscall"
-	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
-)
-
-// A dial that finds no port free waits this long for one: connections in
-// TIME-WAIT give theirs back within timeWait, so that a burst of short
-// connections is slowed down rather than refused.
-const (
-	portPatience = timeWait + 200*time.Millisecond
-	portRetry    = 10 * time.Millisecond
 )
 
 // DialTCP connects to an address at the far end of the tunnel, loopback
@@ -35,11 +27,13 @@ func (s *Stack) DialTCP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
 	if a := to.Addr(); !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a == broadcast || !s.hasFamily(a) {
 		return nil, dialError(to, sysErrno("connect", syscall.ENETUNREACH))
 	}
-	c, err := s.connect(to)
-	if errno(err) == syscall.EADDRNOTAVAIL {
-		c, err = s.connectPatiently(ctx, to)
-	}
-	if err != nil {
+	var c *Conn
+	var err error
+	gaveUp := s.drawPortPatiently(ctx, func() (ok bool) {
+		c, ok, err = s.connect(to)
+		return ok
+	})
+	if err = cmp.Or(gaveUp, err); err != nil {
 		return nil, dialError(to, err)
 	}
 	if err := c.established(ctx); err != nil {
@@ -52,57 +46,26 @@ func (s *Stack) DialTCP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
 
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// connect sends the SYN.
-func (s *Stack) connect(to netip.AddrPort) (*Conn, error) {
+// connect sends the SYN. ok is false if there was no port for it.
+func (s *Stack) connect(to netip.AddrPort) (c *Conn, ok bool, err error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.closed {
-		return nil, net.ErrClosed
+		return nil, true, net.ErrClosed
 	}
 	wq := new(waiter.Queue)
-	ep, err := s.st.NewEndpoint(tcp.ProtocolNumber, protocolOf(to.Addr()), wq)
-	if err != nil {
-		return nil, sysError("socket", err)
+	ep, e := s.st.NewEndpoint(tcp.ProtocolNumber, protocolOf(to.Addr()), wq)
+	if e != nil {
+		return nil, true, sysError("socket", e)
 	}
-	c := &Conn{ep: ep}
+	c = &Conn{ep: ep}
 	c.gates.init(wq)
-	err = ep.Connect(tcpip.FullAddress{Addr: tcpipAddr(to.Addr()), Port: to.Port()})
-	if _, started := err.(*tcpip.ErrConnectStarted); !started && err != nil {
+	e = ep.Connect(tcpip.FullAddress{Addr: tcpipAddr(to.Addr()), Port: to.Port()})
+	if _, started := e.(*tcpip.ErrConnectStarted); !started && e != nil {
 		ep.Close()
-		return nil, sysError("connect", err)
+		return nil, !isNoPort(e), sysError("connect", e)
 	}
-	return c, nil
-}
-
-// connectPatiently tries again until a port is free. One dial tries at a time,
-// since looking through all ports is work.
-func (s *Stack) connectPatiently(ctx context.Context, to netip.AddrPort) (*Conn, error) {
-	patience := time.NewTimer(portPatience)
-	defer patience.Stop()
-	noPort := sysErrno("connect", syscall.EADDRNOTAVAIL)
-	select {
-	case s.portWait <- struct{}{}:
-		defer func() { <-s.portWait }()
-	case <-patience.C:
-		return nil, noPort
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	retry := time.NewTicker(portRetry)
-	defer retry.Stop()
-	for {
-		c, err := s.connect(to)
-		if errno(err) != syscall.EADDRNOTAVAIL {
-			return c, err
-		}
-		select {
-		case <-retry.C:
-		case <-patience.C:
-			return nil, noPort
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
+	return c, true, nil
 }
 
 // established waits for the end of the handshake.

@@ -283,3 +283,83 @@ func TestPacketConn(t *testing.T) {
 	_, err = one.WriteToUDPAddrPort(nil, netip.AddrPortFrom(server6, 5))
 	wantErrno(t, err, syscall.EAFNOSUPPORT)
 }
+
+// When the first range is used up the others serve, and the owner is told when
+// they are used up too.
+func TestPortRanges(t *testing.T) {
+	told := make(chan struct{}, 100)
+	p := newPair(t, func(c, _ *Config) { c.PortsUsedUp = func() { told <- struct{}{} } })
+	for _, bad := range [][]PortRange{nil, {{7000, 7001}, {0, 5}}, {{7, 6}}} {
+		if err := p.client.SetPortRanges(bad); err == nil {
+			t.Errorf("ranges %v accepted", bad)
+		}
+	}
+	if err := p.client.SetPortRanges([]PortRange{{7000, 7001}, {9000, 9000}, {8000, 8001}}); err != nil {
+		t.Fatal(err)
+	}
+	l, err := p.server.ListenTCP(netip.AddrPortFrom(server4, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conns := make(map[uint16]*Conn)
+	dial := func() {
+		t.Helper()
+		c, err := p.client.DialTCP(testContext(t), l.at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns[c.LocalAddr().(*net.TCPAddr).AddrPort().Port()] = c
+	}
+	dial()
+	dial()
+	if conns[7000] == nil || conns[7001] == nil {
+		t.Errorf("the first range was not used first: %v", conns)
+	}
+	for range 3 {
+		dial()
+	}
+	for _, port := range []uint16{7000, 7001, 9000, 8000, 8001} {
+		if conns[port] == nil {
+			t.Errorf("port %d was not used", port)
+		}
+	}
+	if len(told) != 0 {
+		t.Error("told that ports are used up while there were some")
+	}
+	// The owner has until the dial's patience ends to get more.
+	go func() {
+		<-told
+		err := p.client.SetPortRanges([]PortRange{{7000, 7001}, {9000, 9000}, {8000, 8001}, {6000, 6000}})
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	dial()
+	if conns[6000] == nil {
+		t.Error("the new range was not used")
+	}
+	_, err = p.client.DialTCP(testContext(t), l.at)
+	wantErrno(t, err, syscall.EADDRNOTAVAIL)
+	if n := p.client.Stats().PortsUsedUp; n < 2 {
+		t.Errorf("PortsUsedUp is %d", n)
+	}
+	if n := len(told); n > 3 {
+		t.Errorf("told %d times within two seconds", n)
+	}
+	// Sockets have ports of their own, from the same ranges.
+	for i := range 6 {
+		if _, err := p.client.ListenUDP(netip.AddrPort{}); err != nil {
+			t.Errorf("UDP socket %d: %v", i, err)
+		}
+	}
+	_, err = p.client.ListenUDP(netip.AddrPort{})
+	wantErrno(t, err, syscall.EADDRNOTAVAIL)
+	// After a while the first range is the first again.
+	_ = conns[7001].Abort()
+	_ = conns[8001].Abort()
+	time.Sleep(firstRangeAgain + 50*time.Millisecond)
+	dial()
+	if got := conns[7001].LocalAddr(); p.client.ports.at != 0 {
+		t.Errorf("the stack draws from range %d, dialed from %v", p.client.ports.at, got)
+	}
+}

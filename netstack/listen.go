@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"sync"
@@ -23,29 +24,40 @@ type Listener struct {
 
 // ListenTCP listens at an address of the stack. The unspecified address (or
 // the zero Addr) means all of them, both families; on a stack that forwards,
-// that is every address in the world. Port 0 takes a port of the range. A
+// that is every address in the world. Port 0 takes a port of the ranges. A
 // listener wins over ForwardTCP. Errors wrap EADDRINUSE or EADDRNOTAVAIL.
 func (s *Stack) ListenTCP(at netip.AddrPort) (*Listener, error) {
+	var l *Listener
+	var err error
+	_ = s.drawPortPatiently(context.Background(), func() (ok bool) {
+		l, ok, err = s.listenTCP(at)
+		return ok
+	})
+	return l, err
+}
+
+// listenTCP tries once; ok is false if there was no port.
+func (s *Stack) listenTCP(at netip.AddrPort) (l *Listener, ok bool, err error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.closed {
-		return nil, listenError("tcp", at, net.ErrClosed)
+		return nil, true, listenError("tcp", at, net.ErrClosed)
 	}
 	wq := new(waiter.Queue)
-	ep, err := s.st.NewEndpoint(tcp.ProtocolNumber, bindProtocol(at.Addr()), wq)
-	if err != nil {
-		return nil, listenError("tcp", at, sysError("socket", err))
+	ep, e := s.st.NewEndpoint(tcp.ProtocolNumber, bindProtocol(at.Addr()), wq)
+	if e != nil {
+		return nil, true, listenError("tcp", at, sysError("socket", e))
 	}
-	l := &Listener{ep: ep}
+	l = &Listener{ep: ep}
 	l.gates.init(wq)
-	if l.at, err = bind(ep, at); err == nil {
-		err = ep.Listen(listenBacklog)
+	if l.at, e = bind(ep, at); e == nil {
+		e = ep.Listen(listenBacklog)
 	}
-	if err != nil {
+	if e != nil {
 		ep.Close()
-		return nil, listenError("tcp", at, sysError("bind", err))
+		return nil, !isNoPort(e), listenError("tcp", at, sysError("bind", e))
 	}
-	return l, nil
+	return l, true, nil
 }
 
 // bindProtocol returns the family of a socket bound to a: IPv6, which takes

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"os"
@@ -36,34 +37,45 @@ type PacketConn struct {
 
 // ListenUDP opens a UDP socket. The unspecified address (or the zero Addr)
 // means all of the stack's addresses, both families. Port 0 takes a port of the
-// range. A socket wins over ForwardUDP, but on a stack that forwards it takes
+// ranges, and waits up to 1.2 s for one. A socket wins over ForwardUDP, but on a stack that forwards it takes
 // only datagrams to the stack's own addresses, and a concrete address must be
 // one of them. Errors wrap EADDRINUSE or EADDRNOTAVAIL.
 func (s *Stack) ListenUDP(at netip.AddrPort) (*PacketConn, error) {
+	var c *PacketConn
+	var err error
+	_ = s.drawPortPatiently(context.Background(), func() (ok bool) {
+		c, ok, err = s.listenUDP(at)
+		return ok
+	})
+	return c, err
+}
+
+// listenUDP tries once; ok is false if there was no port.
+func (s *Stack) listenUDP(at netip.AddrPort) (c *PacketConn, ok bool, err error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.closed {
-		return nil, listenError("udp", at, net.ErrClosed)
+		return nil, true, listenError("udp", at, net.ErrClosed)
 	}
 	proto := bindProtocol(at.Addr())
 	dual := !at.Addr().IsValid() || at.Addr().Unmap().IsUnspecified()
 	if !dual && !s.isOwn(at.Addr().Unmap().WithZone("")) {
-		return nil, listenError("udp", at, sysErrno("bind", syscall.EADDRNOTAVAIL))
+		return nil, true, listenError("udp", at, sysErrno("bind", syscall.EADDRNOTAVAIL))
 	}
 	wq := new(waiter.Queue)
-	ep, err := s.st.NewEndpoint(udp.ProtocolNumber, proto, wq)
-	if err != nil {
-		return nil, listenError("udp", at, sysError("socket", err))
+	ep, e := s.st.NewEndpoint(udp.ProtocolNumber, proto, wq)
+	if e != nil {
+		return nil, true, listenError("udp", at, sysError("socket", e))
 	}
-	c := &PacketConn{ep: ep, dual: dual, v4: proto == header.IPv4ProtocolNumber}
+	c = &PacketConn{ep: ep, dual: dual, v4: proto == header.IPv4ProtocolNumber}
 	c.gates.init(wq)
 	// A multicast datagram goes into the tunnel and nowhere else.
 	ep.SocketOptions().SetMulticastLoop(false)
-	if c.at, err = bind(ep, at); err != nil {
+	if c.at, e = bind(ep, at); e != nil {
 		ep.Close()
-		return nil, listenError("udp", at, sysError("bind", err))
+		return nil, !isNoPort(e), listenError("udp", at, sysError("bind", e))
 	}
-	return c, nil
+	return c, true, nil
 }
 
 // ReadFromUDPAddrPort reads one datagram; what exceeds b is lost. The address

@@ -9,7 +9,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/log"
@@ -95,6 +94,12 @@ type Config struct {
 	// (see ForwardTCP and ForwardUDP) and lets it send from every address.
 	Forward bool
 
+	// PortsUsedUp, if not nil, is called when a dial or a socket found no port
+	// in any range of SetPortRanges, at most once a second. It runs in the
+	// caller's goroutine and must not block; new ranges that are set within a
+	// second still serve the dial that caused the call.
+	PortsUsedUp func()
+
 	// Clock drives the timers of the protocols; nil means the real clock. The
 	// deadlines of connections are always those of the real clock.
 	Clock tcpip.Clock
@@ -131,8 +136,8 @@ type Stack struct {
 	own   atomic.Pointer[[]netip.Addr]
 	notes unreachableNotes
 
-	// portWait lets one dial at a time wait for a free port.
-	portWait chan struct{}
+	ports       ports
+	portsUsedUp func() // Config's
 
 	// handlers are the running calls of ForwardTCP's handler, and of repair.
 	handlers sync.WaitGroup
@@ -168,11 +173,12 @@ func New(c Config) (*Stack, error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	s := &Stack{
-		dev:      newDevice(&c),
-		clock:    c.Clock,
-		log:      c.Logger,
-		forward:  c.Forward,
-		portWait: make(chan struct{}, 1),
+		dev:         newDevice(&c),
+		clock:       c.Clock,
+		log:         c.Logger,
+		forward:     c.Forward,
+		ports:       ports{wait: make(chan struct{}, 1)},
+		portsUsedUp: c.PortsUsedUp,
 	}
 	s.own.Store(new([]netip.Addr))
 	// A far end's loopback addresses are destinations like all others, so
@@ -348,18 +354,6 @@ func (s *Stack) isOwn(a netip.Addr) bool { return slices.Contains(*s.own.Load(),
 // hasFamily reports whether the stack has an address of a's family.
 func (s *Stack) hasFamily(a netip.Addr) bool {
 	return slices.ContainsFunc(*s.own.Load(), func(o netip.Addr) bool { return o.Is4() == a.Is4() })
-}
-
-// SetPortRange sets the ports, first and last included, from which the stack
-// takes the local ports of new connections and sockets.
-func (s *Stack) SetPortRange(first, last uint16) error {
-	if first == 0 || first > last {
-		return &net.OpError{Op: "set", Net: "ports", Err: syscall.EINVAL}
-	}
-	if err := s.st.SetPortRange(first, last); err != nil {
-		return fmt.Errorf("netstack: port range %d to %d: %s", first, last, err)
-	}
-	return nil
 }
 
 // tcpipAddr is a in gVisor's form: 4 bytes or 16.

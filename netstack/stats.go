@@ -15,6 +15,11 @@ type Stats struct {
 	DropOversize    uint64 // Output: a packet larger than the MTU
 	DropClosed      uint64 // Input or Output after Close
 
+	PortsUsedUp uint64 // dials and sockets that found no port, each attempt counted
+
+	GapResent uint64 // segments sent again by Resume
+	GapNudged uint64 // connections whose peer was asked by Resume to send again
+
 	TCPForwardFull uint64 // SYNs dropped because of ForwardTCP's maxInFlight
 
 	TCPEstablished  uint64 // connections now established
@@ -32,6 +37,7 @@ type counters struct {
 	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
 	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
 	forwardFull                                                            atomic.Uint64
+	gapResent, gapNudged                                                   atomic.Uint64
 }
 
 // Stats returns the counters.
@@ -50,6 +56,9 @@ func (s *Stack) Stats() Stats {
 		DropForeignICMP: c.dropForeignICMP.Load(),
 		DropOversize:    c.dropOversize.Load(),
 		DropClosed:      c.dropClosed.Load(),
+		PortsUsedUp:     s.ports.usedUp.Load(),
+		GapResent:       c.gapResent.Load(),
+		GapNudged:       c.gapNudged.Load(),
 		TCPForwardFull:  c.forwardFull.Load(),
 		TCPEstablished:  g.TCP.CurrentEstablished.Value(),
 		TCPRetransmits:  g.TCP.Retransmits.Value(),
