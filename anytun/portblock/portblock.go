@@ -15,7 +15,9 @@
 // left over at the end of an address, if the size does not divide 64512, belongs to
 // nobody.
 //
-// The package knows nothing of the addresses themselves.
+// [Blocks] is that arithmetic, [Plan] applies it to a cluster's egress addresses,
+// and [Leases] are the one exception to it: blocks without a client that others
+// have been lent.
 package portblock
 
 import (
