@@ -1,6 +1,6 @@
 // Package packet looks at inner packets and changes them in place: IPv4 and IPv6,
 // and as much of TCP, UDP and ICMP as a gateway needs. Nothing in it allocates
-// memory; a [View] is made to be reused.
+// memory, except for a [Reassembler]; a [View] is made to be reused.
 //
 // It knows nothing of anytun: no client numbers, no tunnels. What to do with a
 // packet is decided elsewhere.

@@ -67,6 +67,42 @@ func (v *View) Quoted(q *View) Reason {
 	return q.ParseQuoted(v.Payload())
 }
 
+// SetQuotedSource changes the source address and port of q, the packet that v quotes
+// (see Quoted), and adjusts the checksums of both, v's own as well, so that
+// a valid error stays valid. It returns false, and changes nothing, if a is of the
+// other family or q has no source port.
+//
+// An error from outside about a packet that a gateway rewrote on its way out is
+// turned back by this and v.SetDestination.
+func (v *View) SetQuotedSource(q *View, a netip.Addr, port uint16) bool {
+	return v.setQuoted(q, a, port, (*View).SetSourcePort, (*View).SetSource)
+}
+
+// SetQuotedDestination is SetQuotedSource for the destination, for errors about a
+// packet that was rewritten on its way in.
+func (v *View) SetQuotedDestination(q *View, a netip.Addr, port uint16) bool {
+	return v.setQuoted(q, a, port, (*View).SetDestinationPort, (*View).SetDestination)
+}
+
+func (v *View) setQuoted(q *View, a netip.Addr, port uint16, setPort func(*View, uint16) bool,
+	setAddr func(*View, netip.Addr) bool,
+) bool {
+	at := v.checksumAt()
+	if !q.quoted || at == 0 || a.Is4() != (q.Version == 4) || !a.IsValid() {
+		return false
+	}
+	// All that changes is within the headers, up to a TCP checksum. A quotation
+	// is at an even place of v, and so is the part of odd length at its end.
+	head := q.Bytes[:min(len(q.Bytes), q.transport+tcpHeaderLen)]
+	before := Sum(head, 0)
+	if !setPort(q, port) {
+		return false
+	}
+	setAddr(q, a)
+	update(v.Bytes[at:], before, Sum(head, 0))
+	return true
+}
+
 // MTU is the size in bytes of the largest packet that would have passed, if v is an
 // ICMP error that says so: "fragmentation needed" (RFC 1191; 0 from routers
 // that don't tell) or "packet too big".

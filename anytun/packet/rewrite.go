@@ -179,6 +179,26 @@ func (v *View) FillChecksums() bool {
 	return true
 }
 
+// PrepareChecksum leaves the checksum of a TCP or UDP packet to the kernel or the
+// network card: it writes the pseudo header's sum into the field, and returns
+// what virtio-net calls csum_start and csum_offset, in bytes: the sum is to be
+// taken from start to the packet's end, and its complement written at start +
+// offset. It is false, and nothing is changed, if that would not give the checksum:
+// for other protocols, fragments, and UDP datagrams shorter than their packet; then
+// there is FillChecksums. IPv4's header checksum is not touched.
+func (v *View) PrepareChecksum() (start, offset int, ok bool) {
+	at := v.checksumAt()
+	if at == 0 || v.Fragmented || v.quoted || v.Protocol != TCP && v.Protocol != UDP {
+		return 0, 0, false
+	}
+	length := len(v.Bytes) - v.transport
+	if v.Protocol == UDP && int(binary.BigEndian.Uint16(v.Bytes[v.transport+4:])) != length {
+		return 0, 0, false
+	}
+	binary.BigEndian.PutUint16(v.Bytes[at:], v.pseudoSum(length))
+	return v.transport, at - v.transport, true
+}
+
 // ChecksumsValid verifies what FillChecksums fills. An absent UDP checksum is
 // valid over IPv4 only (RFC 8200 section 8.1). Of a fragment or a quoted packet,
 // only IPv4's header can be verified.

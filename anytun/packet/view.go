@@ -137,6 +137,9 @@ type View struct {
 	transport int // where the upper layer begins, as an index of Bytes
 	payload   int // where its payload begins
 	end       int // where it ends; beyond len(Bytes) in a quoted packet
+	// fragment is where the fragment header of an IPv6 fragment is, and next where
+	// the byte is that announces it.
+	fragment, next int
 }
 
 // Parse reads the headers of the IP packet at the head of b. If it returns anything
@@ -236,6 +239,7 @@ func (v *View) parseIPv6(b []byte) Reason {
 	v.Source = netip.AddrFrom16([16]byte(b[8:]))
 	v.Destination = netip.AddrFrom16([16]byte(b[24:]))
 	v.Protocol = Protocol(b[6])
+	v.next = 6
 	v.transport = ipv6HeaderLen
 	for range maxExtensions {
 		more, r := v.skipExtension()
@@ -281,6 +285,7 @@ func (v *View) skipExtension() (more bool, r Reason) {
 		v.More = offset&1 != 0
 		// An "atomic fragment" (RFC 6946) is whole.
 		if v.Fragmented = v.More || v.FragmentOffset > 0; v.Fragmented {
+			v.fragment = v.transport
 			v.FragmentID = binary.BigEndian.Uint32(b[4:])
 			if v.FragmentOffset+v.end-v.transport-size > 0xffff {
 				return false, BadHeader
@@ -293,6 +298,9 @@ func (v *View) skipExtension() (more bool, r Reason) {
 		return false, Truncated
 	}
 	v.Protocol = Protocol(b[0])
+	if !v.Fragmented {
+		v.next = v.transport
+	}
 	v.transport += size
 	return v.FragmentOffset == 0, OK
 }
