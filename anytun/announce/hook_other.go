@@ -1,0 +1,7 @@
+//go:build !unix
+
+package announce
+
+import "os/exec"
+
+func hookGroup(*exec.Cmd) {}
