@@ -114,6 +114,12 @@ func runHelper(name string, args []string) error {
 			return err
 		}
 		return hold(args[0], args[1], count)
+	case name == "load" && len(args) == 1:
+		return runLoad(args[0])
+	case name == "sink" && len(args) == 1:
+		return runSink(args[0])
+	case clusterHelpers[name] != nil:
+		return clusterHelpers[name](args)
 	}
 	return fmt.Errorf("no such helper: %v", args)
 }
