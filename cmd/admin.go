@@ -53,7 +53,10 @@ type Admin struct {
 	Ready      func() error // nil when the program can do its work
 	Facts      func() []Fact
 	Collectors []prometheus.Collector
-	Logger     *slog.Logger
+	// Drain, if not nil, is what POST /drain does: it starts the end of the
+	// program and returns at once.
+	Drain  func()
+	Logger *slog.Logger
 
 	started time.Time
 }
@@ -133,6 +136,9 @@ func (a *Admin) Handler() http.Handler {
 	mux.HandleFunc("GET /status", a.serveStatus)
 	mux.HandleFunc("GET /healthz", serveHealth)
 	mux.HandleFunc("GET /readyz", a.serveReady)
+	if a.Drain != nil {
+		mux.HandleFunc("POST /drain", a.serveDrain)
+	}
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(a.Logger.Handler(), slog.LevelWarn)}))
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
@@ -140,6 +146,21 @@ func (a *Admin) Handler() http.Handler {
 	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	return mux
+}
+
+// drainHeader must be in a request to drain. A web page can't make a browser
+// send it to another origin without asking, so no page that an operator looks at
+// can end the program.
+const drainHeader = "X-Anytun-Drain"
+
+func (a *Admin) serveDrain(w http.ResponseWriter, r *http.Request) {
+	if r.Header.Get(drainHeader) == "" {
+		http.Error(w, "the header "+drainHeader+" is missing", http.StatusForbidden)
+		return
+	}
+	a.Drain()
+	w.WriteHeader(http.StatusAccepted)
+	fmt.Fprintln(w, "draining")
 }
 
 func (a *Admin) collectOwn(e *Emit) {
@@ -207,26 +228,53 @@ func (s Status) Write(w io.Writer) {
 // maxStatusBytes bounds what AskStatus reads from whatever answers on the port.
 const maxStatusBytes = 1 << 20
 
-// AskStatus asks the admin server at address for its status.
-func AskStatus(ctx context.Context, address string) (Status, error) {
-	ctx, cancel := context.WithTimeout(ctx, adminReadTimeout)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/status", nil)
+// AskDrain tells the program behind the admin server at address to drain.
+func AskDrain(ctx context.Context, address string) error {
+	response, err := askAdmin(ctx, http.MethodPost, address, "/drain")
 	if err != nil {
-		return Status{}, Usage("give host:port, such as 127.0.0.1:9080", "--admin: %q is not an address", address)
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusAccepted {
+		return notAdmin(address, response)
+	}
+	return nil
+}
+
+// askAdmin makes a request to an admin server. The caller closes the body.
+func askAdmin(ctx context.Context, method, address, path string) (*http.Response, error) {
+	request, err := http.NewRequestWithContext(ctx, method, "http://"+address+path, nil)
+	if err != nil {
+		return nil, Usage("give host:port, such as 127.0.0.1:9080", "--admin: %q is not an address", address)
+	}
+	if method == http.MethodPost {
+		request.Header.Set(drainHeader, "1")
 	}
 	// No proxy from the environment: the admin port is this host's own.
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: adminReadTimeout}
 	response, err := client.Do(request)
 	if err != nil {
-		return Status{}, Failure("start the program with --admin "+address+", or give the address it was started with",
+		return nil, Failure("start the program with --admin "+address+", or give the address it was started with",
 			"nobody answers on the admin address %s: %w", address, rootCause(err))
+	}
+	return response, nil
+}
+
+func notAdmin(address string, response *http.Response) error {
+	return Failure("give the address that follows --admin on the program's command line",
+		"what answers on %s is not an anytun admin server (HTTP status %s)", address, response.Status)
+}
+
+// AskStatus asks the admin server at address for its status.
+func AskStatus(ctx context.Context, address string) (Status, error) {
+	response, err := askAdmin(ctx, http.MethodGet, address, "/status")
+	if err != nil {
+		return Status{}, err
 	}
 	defer response.Body.Close()
 	var s Status
 	if err := json.NewDecoder(io.LimitReader(response.Body, maxStatusBytes)).Decode(&s); err != nil || response.StatusCode != http.StatusOK {
-		return Status{}, Failure("give the address that follows --admin on the program's command line",
-			"what answers on %s is not an anytun admin server (HTTP status %s)", address, response.Status)
+		return Status{}, notAdmin(address, response)
 	}
 	return s, nil
 }

@@ -24,6 +24,9 @@ type Supervision struct {
 	// or at a second signal.
 	Drain     func(ctx context.Context)
 	DrainTime time.Duration
+	// DrainRequest, if not nil, starts a drain like a signal does; it is for the
+	// admin page.
+	DrainRequest <-chan struct{}
 
 	// Reload is called at SIGHUP. It reports its own errors: a file that can't
 	// be read must not end a running program.
@@ -48,6 +51,13 @@ func (v Supervision) Run(ctx context.Context, p *Process) error {
 
 	var drained chan struct{} // nil until a drain is under way
 	endDrain := func() {}     // replaced when the drain starts
+	startDrain := func(by string) {
+		v.Logger.Info("draining; a second signal ends at once", "signal", by, "drain_time", v.DrainTime.String())
+		drainCtx, cancelDrain := context.WithTimeout(ctx, v.DrainTime)
+		endDrain = cancelDrain
+		drained = make(chan struct{})
+		go v.drain(drainCtx, drained)
+	}
 	var failure error
 	done := ctx.Done()
 	for running > 0 {
@@ -63,6 +73,10 @@ func (v Supervision) Run(ctx context.Context, p *Process) error {
 		case <-drained:
 			drained = nil
 			cancel()
+		case <-v.DrainRequest:
+			if drained == nil && ctx.Err() == nil {
+				startDrain("none, asked by the admin page")
+			}
 		case sig := <-signals:
 			switch {
 			case sig == syscall.SIGHUP:
@@ -71,11 +85,7 @@ func (v Supervision) Run(ctx context.Context, p *Process) error {
 					v.Reload()
 				}
 			case drained == nil && ctx.Err() == nil:
-				v.Logger.Info("draining; a second signal ends at once", "signal", sig.String(), "drain_time", v.DrainTime.String())
-				drainCtx, cancelDrain := context.WithTimeout(ctx, v.DrainTime)
-				endDrain = cancelDrain
-				drained = make(chan struct{})
-				go v.drain(drainCtx, drained)
+				startDrain(sig.String())
 			default:
 				v.Logger.Info("ending at once", "signal", sig.String())
 				endDrain()

@@ -20,12 +20,22 @@ type Enrolment struct {
 	Key    session.PublicKey
 	Name   string
 	Number uint32 // 1 to session.MaxClient
+	// AnyPort lets the client send from ports outside its blocks: what sends
+	// there isn't our netstack but, say, a kernel.
+	AnyPort bool
 }
+
+// anyPort is the fourth word of such a client's line.
+const anyPort = "any-port"
 
 // String returns the enrolment as a line of the clients file, without the end
 // of line.
 func (e Enrolment) String() string {
-	return e.Key.String() + " " + e.Name + " " + strconv.FormatUint(uint64(e.Number), 10)
+	line := e.Key.String() + " " + e.Name + " " + strconv.FormatUint(uint64(e.Number), 10)
+	if e.AnyPort {
+		line += " " + anyPort
+	}
+	return line
 }
 
 const (
@@ -51,7 +61,7 @@ func (e *LineError) Error() string { return fmt.Sprintf("line %d: %v", e.Line, e
 func (e *LineError) Unwrap() error { return e.Err }
 
 // ParseClients reads the text of a clients file. A line holds public key, name
-// and number with blanks between them; empty lines and lines that begin with #
+// and number with blanks between them, and may end with the word any-port; empty lines and lines that begin with #
 // don't count. Two lines must not have a key, a name or a number in common.
 // Errors are *LineError values.
 func ParseClients(text []byte) ([]Enrolment, error) {
@@ -89,6 +99,10 @@ func ParseClients(text []byte) ([]Enrolment, error) {
 
 func parseEnrolment(line string) (e Enrolment, err error) {
 	fields := strings.Fields(line)
+	if len(fields) == 4 && fields[3] == anyPort {
+		e.AnyPort = true
+		fields = fields[:3]
+	}
 	if len(fields) != 3 {
 		return e, fmt.Errorf("a line is a public key, a name and a number, but this one has %d words", len(fields))
 	}
@@ -178,6 +192,8 @@ type Directory struct {
 type enrolments struct {
 	byKey    map[session.PublicKey]Enrolment
 	byNumber map[uint32]session.PublicKey
+	anyPort  map[uint32]bool // few
+	highest  uint32
 }
 
 // NewDirectory returns a directory of the clients in list, which has no
@@ -192,10 +208,15 @@ func index(list []Enrolment) *enrolments {
 	e := &enrolments{
 		byKey:    make(map[session.PublicKey]Enrolment, len(list)),
 		byNumber: make(map[uint32]session.PublicKey, len(list)),
+		anyPort:  make(map[uint32]bool),
 	}
 	for _, c := range list {
 		e.byKey[c.Key] = c
 		e.byNumber[c.Number] = c.Key
+		e.highest = max(e.highest, c.Number)
+		if c.AnyPort {
+			e.anyPort[c.Number] = true
+		}
 	}
 	return e
 }
@@ -212,6 +233,12 @@ func (d *Directory) Enrolled(number uint32) bool {
 	_, ok := d.current.Load().byNumber[number]
 	return ok
 }
+
+// AnyPort says whether a client may send from ports outside its blocks.
+func (d *Directory) AnyPort(number uint32) bool { return d.current.Load().anyPort[number] }
+
+// Highest returns the highest number that is enrolled.
+func (d *Directory) Highest() uint32 { return d.current.Load().highest }
 
 // Len returns the number of clients.
 func (d *Directory) Len() int { return len(d.current.Load().byKey) }

@@ -32,16 +32,21 @@ func TestParseClients(t *testing.T) {
 		{name: "comments and blanks", text: "# clients\n\n   \n\t# more\n"},
 		{
 			name: "two", text: a + " laptop 1\n" + b + "\tphone  4194303\n",
-			want: []Enrolment{{testKey(1), "laptop", 1}, {testKey(2), "phone", 4194303}},
+			want: []Enrolment{{Key: testKey(1), Name: "laptop", Number: 1}, {Key: testKey(2), Name: "phone", Number: 4194303}},
 		},
 		{
 			name: "line ends of another system", text: a + " laptop 1\r\n" + b + " phone 2",
-			want: []Enrolment{{testKey(1), "laptop", 1}, {testKey(2), "phone", 2}},
+			want: []Enrolment{{Key: testKey(1), Name: "laptop", Number: 1}, {Key: testKey(2), Name: "phone", Number: 2}},
 		},
 		{
 			name: "unpadded key, foreign name", text: strings.TrimRight(a, "=") + " küche 7\n",
-			want: []Enrolment{{testKey(1), "küche", 7}},
+			want: []Enrolment{{Key: testKey(1), Name: "küche", Number: 7}},
 		},
+		{
+			name: "any port", text: a + " router 3 any-port\n",
+			want: []Enrolment{{Key: testKey(1), Name: "router", Number: 3, AnyPort: true}},
+		},
+		{name: "unknown fourth word", text: a + " laptop 1 all-ports", line: 1, says: "this one has 4 words"},
 		{name: "one word", text: "x\n", line: 1, says: "this one has 1 words"},
 		{name: "four words", text: "\n" + a + " my laptop 1", line: 2, says: "this one has 4 words"},
 		{name: "bad key", text: "AAAA laptop 1", line: 1, says: "a key is 32 bytes"},
@@ -92,7 +97,7 @@ func TestFreeNumber(t *testing.T) {
 }
 
 func TestDirectory(t *testing.T) {
-	d := NewDirectory([]Enrolment{{testKey(1), "a", 1}, {testKey(2), "b", 2}, {testKey(3), "c", 3}})
+	d := NewDirectory([]Enrolment{{Key: testKey(1), Name: "a", Number: 1}, {Key: testKey(2), Name: "b", Number: 2}, {Key: testKey(3), Name: "c", Number: 3}})
 	if n, name, ok := d.Lookup(testKey(2)); n != 2 || name != "b" || !ok {
 		t.Errorf("Lookup: %d %q %v", n, name, ok)
 	}
@@ -103,7 +108,7 @@ func TestDirectory(t *testing.T) {
 		t.Error("Enrolled or Len is wrong")
 	}
 	// 1 stays under another name, 2 gets another key, 3 goes, 4 comes.
-	gone := d.Replace([]Enrolment{{testKey(1), "renamed", 1}, {testKey(9), "b", 2}, {testKey(4), "d", 4}})
+	gone := d.Replace([]Enrolment{{Key: testKey(1), Name: "renamed", Number: 1}, {Key: testKey(9), Name: "b", Number: 2}, {Key: testKey(4), Name: "d", Number: 4}})
 	if !slices.Equal(gone, []uint32{2, 3}) {
 		t.Errorf("gone: %v, want [2 3]", gone)
 	}

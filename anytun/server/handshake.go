@@ -36,7 +36,9 @@ type initiation struct {
 func (r *receiver) handshake(b []byte, from udp.Endpoint) {
 	m, err := wire.ParseInitiation(b)
 	if err != nil {
-		r.counters.drops[DropMalformed].Add(1)
+		if !r.prober.probe(b) {
+			r.counters.drops[DropMalformed].Add(1)
+		}
 		return
 	}
 	if !r.verifier.MAC1(m) {
@@ -130,10 +132,15 @@ func (s *Server) answer(g *gate, i *initiation, now time.Time) []byte {
 	if !ok || number == session.Gateway || number > session.MaxClient {
 		return drop(DropUnknownKey)
 	}
+	grant, ok := s.grant(number, a.Offer)
+	if !ok {
+		s.log.Warn("client has no port block: its number is too high for the egress addresses", "client", number, "name", name)
+		return drop(DropNoBlock)
+	}
 	if !s.table.peer(number).fresh(a.Offer.Timestamp) {
 		return drop(DropHandshakeOld)
 	}
-	b, err := a.Respond(s.grant(number, a.Offer), session.FastAES(), now)
+	b, err := a.Respond(grant, session.FastAES(), now)
 	if err != nil {
 		return drop(DropHandshake)
 	}
@@ -143,8 +150,8 @@ func (s *Server) answer(g *gate, i *initiation, now time.Time) []byte {
 }
 
 // grant is what a client gets: all of it follows from its number and this
-// server's settings.
-func (s *Server) grant(client uint32, o wire.Offer) wire.Grant {
+// server's settings. It is false for a client whose number has no port block.
+func (s *Server) grant(client uint32, o wire.Offer) (g wire.Grant, ok bool) {
 	keepAlive := min(max(s.cfg.KeepAlive, session.MinKeepAlive), session.MaxKeepAlive)
 	if o.KeepAlive != 0 {
 		keepAlive = min(keepAlive, max(time.Duration(o.KeepAlive)*time.Second, session.MinKeepAlive))
@@ -153,13 +160,28 @@ func (s *Server) grant(client uint32, o wire.Offer) wire.Grant {
 	if o.MTU != 0 {
 		mtu = min(mtu, int(o.MTU))
 	}
-	return wire.Grant{
+	g = wire.Grant{
 		Client: client, Server: s.cfg.Number,
 		KeepAlive: uint16(keepAlive / time.Second), MTU: uint16(mtu),
-		// Egress by the host's sockets picks its own public ports, so here the
+		// Egress by the host's sockets picks its own public ports, so there the
 		// client may use any but the privileged ones.
 		FirstPort: 1024, LastPort: 65535,
 		IPv4: s.inner.IPv4(client).As4(), IPv6: s.inner.IPv6(client).As16(),
 		Gateway4: s.inner.IPv4(session.Gateway).As4(), Gateway6: s.inner.IPv6(session.Gateway).As16(),
 	}
+	if !s.public() {
+		return g, true
+	}
+	place, ok := s.cfg.Plan.Of(client)
+	if !ok {
+		return g, false
+	}
+	g.FirstPort, g.LastPort, g.PublicPort = place.First, place.Last, true
+	if place.IPv4.IsValid() {
+		g.Public4 = place.IPv4.As4()
+	}
+	if place.IPv6.IsValid() {
+		g.Public6 = place.IPv6.As16()
+	}
+	return g, true
 }

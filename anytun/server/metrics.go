@@ -25,6 +25,8 @@ const (
 	DropNoRoute                    // inner address that nobody has
 	DropOffline                    // to a client that isn't there now
 	DropSend                       // the outer socket refused it
+	DropNoBlock                    // initiation of a client whose number has no port block
+	DropPortQueue                  // request for ports while too many wait
 	dropCount
 )
 
@@ -32,7 +34,7 @@ var dropNames = [dropCount]string{
 	"malformed", "epoch", "unknown_client", "forged", "replay", "mac",
 	"handshake", "handshake_old", "handshake_queue", "handshake_rate",
 	"unknown_key", "unknown_control", "malformed_inner", "spoofed", "loop",
-	"no_route", "offline", "send",
+	"no_route", "offline", "send", "no_block", "port_queue",
 }
 
 func (d Drop) String() string { return dropNames[d] }
@@ -42,6 +44,7 @@ type counters struct {
 	sentPackets, sentBytes         atomic.Uint64
 	handshakes, cookies            atomic.Uint64
 	derived, roamed, rejected      atomic.Uint64
+	learned                        atomic.Uint64
 	drops                          [dropCount]atomic.Uint64
 }
 
@@ -54,6 +57,7 @@ type Stats struct {
 	Cookies                        uint64 // asked for instead, under load
 	Derived                        uint64 // sessions derived from a packet
 	Roamed                         uint64 // changes of a client's outer endpoint
+	Learned                        uint64 // of them, or of sessions, that another server told
 	Rejected                       uint64 // ICMP errors sent to clients
 	Sessions, Clients              int
 	Drops                          map[string]uint64 // by reason
@@ -66,7 +70,7 @@ func (s *Server) Stats() Stats {
 		ReceivedPackets: c.receivedPackets.Load(), ReceivedBytes: c.receivedBytes.Load(),
 		SentPackets: c.sentPackets.Load(), SentBytes: c.sentBytes.Load(),
 		Handshakes: c.handshakes.Load(), Cookies: c.cookies.Load(),
-		Derived: c.derived.Load(), Roamed: c.roamed.Load(), Rejected: c.rejected.Load(),
+		Derived: c.derived.Load(), Roamed: c.roamed.Load(), Learned: c.learned.Load(), Rejected: c.rejected.Load(),
 		Drops: make(map[string]uint64, dropCount),
 	}
 	st.Sessions, st.Clients = s.table.size()

@@ -132,9 +132,13 @@ func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]b
 	r.counters.receivedPackets.Add(packets)
 	r.counters.receivedBytes.Add(bytes)
 	a.heard.Store(r.now.UnixNano())
-	if changed, roamed := a.moved(top, from, r.conn); changed {
-		if roamed {
+	a.peer.heard.Store(r.now.UnixNano())
+	if m := a.moved(top, from, r.conn); m.changed {
+		if m.roamed {
 			r.counters.roamed.Add(1)
+		}
+		if m.news {
+			r.publish(a.peer)
 		}
 		r.log.Debug("client is at", "client", a.Client, "endpoint", from.Addr)
 	}
@@ -154,7 +158,7 @@ func (r *receiver) packet(a *association, b, p []byte) {
 		return
 	}
 	v, to, why := route(p, a.Client, r.inner)
-	if v == toClient && !r.table.online(to) {
+	if v == toClient && r.pathTo(to) == nil {
 		v, why = toNowhere, DropOffline
 	}
 	switch v {
@@ -188,8 +192,14 @@ func (r *receiver) control(a *association, p []byte, from udp.Endpoint) {
 			r.counters.drops[DropMalformed].Add(1)
 			return
 		}
-		a.leave()
-		r.log.Info("client left", "client", a.Client)
+		r.left(a)
+	case wire.ControlPortsRequest:
+		m, err := wire.ParsePortsRequest(p)
+		if err != nil {
+			r.counters.drops[DropMalformed].Add(1)
+			return
+		}
+		r.requestPorts(&path{association: a, to: from, conn: r.conn}, m)
 	default: // a later version's
 		r.counters.drops[DropUnknownControl].Add(1)
 	}

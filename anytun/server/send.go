@@ -29,9 +29,7 @@ func (s *Server) output(bufs [][]byte) {
 		}
 		if !ok {
 			s.counters.drops[DropNoRoute].Add(uint64(n))
-		} else if p := s.table.lookup(client); p == nil {
-			s.counters.drops[DropOffline].Add(uint64(n))
-		} else if w := p.path.Load(); w == nil {
+		} else if w := s.pathTo(client); w == nil {
 			s.counters.drops[DropOffline].Add(uint64(n))
 		} else {
 			s.send(w, bufs[:n])

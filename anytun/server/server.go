@@ -9,6 +9,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/anytun-go/anytun/anytun/packet"
+	"github.com/anytun-go/anytun/anytun/portblock"
+	"github.com/anytun-go/anytun/anytun/registry"
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/anytun/udp"
 	"github.com/anytun-go/anytun/anytun/wire"
@@ -28,6 +31,11 @@ type Clients interface {
 	Lookup(session.PublicKey) (number uint32, name string, ok bool)
 	// Enrolled says whether a client has this number.
 	Enrolled(number uint32) bool
+	// AnyPort says whether the client may send from ports outside its blocks:
+	// it isn't one of ours, so the tun egress keeps a mapping for each.
+	AnyPort(number uint32) bool
+	// Highest returns the highest number that is enrolled.
+	Highest() uint32
 }
 
 // Egress is the way out: it takes inner packets of clients that are for the
@@ -52,9 +60,20 @@ type Config struct {
 	KeepAlive time.Duration // longest interval granted; 0: session.DefaultKeepAlive
 	MTU       int           // largest inner packet, bytes; 0: DefaultMTU
 
+	// Registry is how servers tell each other where clients are. Run runs it. Nil:
+	// this server is alone.
+	Registry registry.Registry
+
+	// Device lets packets out under the public addresses and ports that Plan
+	// gives to clients. It leaves wire.DataHeaderLen bytes before and
+	// wire.TagLen bytes after the packets that it reads. Run closes it. Without a
+	// device the egress is that of the host's sockets.
+	Device Device
+	Plan   portblock.Plan
+
 	// Egress makes the way out, which hands packets for clients to output, each
 	// with wire.DataHeaderLen bytes of room before and wire.TagLen after it. Nil:
-	// the host's sockets, with the settings that follow.
+	// that of Device, or the host's sockets, with the settings that follow.
 	Egress            func(output func(bufs [][]byte)) (Egress, error)
 	DNS               []netip.AddrPort // upstream resolvers; none: the host's
 	AllowLocal        bool             // clients may reach this host's loopback and link-local addresses
@@ -76,8 +95,12 @@ type Server struct {
 	table       *table
 	initiations chan *initiation
 	egress      Egress
-	counters    counters
-	rejecter    rejecter
+	leases      portblock.Leases
+	// portRequests are those that portLoop has to answer.
+	portRequests chan portRequest
+	counters     counters
+	rejecter     rejecter
+	prober       *prober
 }
 
 // New checks the configuration and makes a server that does nothing until Run.
@@ -109,17 +132,31 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Registry == nil {
+		cfg.Registry = registry.NewMemory()
+	}
+	if cfg.Device != nil && cfg.Plan.Clients() == 0 {
+		return nil, errors.New("server: a device needs a plan of egress addresses")
+	}
 	s := &Server{
 		cfg: cfg, log: cfg.Logger,
 		inner:    session.NewInner(cfg.Cluster.Public()),
 		verifier: cfg.Cluster.Verifier(), table: newTable(),
-		initiations: make(chan *initiation, handshakeQueue),
-	}
-	open := cfg.Egress
-	if open == nil {
-		open = s.openSockets
+		initiations:  make(chan *initiation, handshakeQueue),
+		portRequests: make(chan portRequest, portQueue),
 	}
 	var err error
+	if s.prober, err = newProber(); err != nil {
+		return nil, fmt.Errorf("server: %w", err)
+	}
+	open := cfg.Egress
+	switch {
+	case open != nil:
+	case cfg.Device != nil:
+		open = s.openTun
+	default:
+		open = s.openSockets
+	}
 	if s.egress, err = open(s.output); err != nil {
 		return nil, fmt.Errorf("server: egress: %w", err)
 	}
@@ -127,9 +164,39 @@ func New(cfg Config) (*Server, error) {
 }
 
 func (s *Server) openSockets(output func([][]byte)) (Egress, error) {
+	return s.newSockets(output)
+}
+
+// openTun makes the egress by the device, with the sockets egress for the
+// servers' own services.
+func (s *Server) openTun(output func([][]byte)) (Egress, error) {
+	services, err := s.newSockets(output)
+	if err != nil {
+		return nil, err
+	}
+	return newTunEgress(tunConfig{
+		Device: s.cfg.Device, Plan: &s.cfg.Plan, Leases: &s.leases, Inner: s.inner, AnyPort: s.cfg.Clients.AnyPort,
+		MTU: s.cfg.MTU, Services: services, Policy: newEgressPolicy(s.gateway(), s.cfg.AllowLocal), Output: output,
+		Reject: func(client uint32, p []byte, kind packet.ErrorKind) {
+			if w := s.pathTo(client); w != nil {
+				s.reject(w, p, kind, time.Now())
+			}
+		},
+		Publish: s.cfg.Registry.PublishMapping, Logger: s.log,
+	}), nil
+}
+
+func (s *Server) gateway() []netip.Addr {
+	return []netip.Addr{s.inner.IPv4(session.Gateway), s.inner.IPv6(session.Gateway)}
+}
+
+// public says whether clients have public ports.
+func (s *Server) public() bool { return s.cfg.Device != nil }
+
+func (s *Server) newSockets(output func([][]byte)) (*sockets, error) {
 	return newSockets(socketsConfig{
 		MTU: s.cfg.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
-		Gateway: []netip.Addr{s.inner.IPv4(session.Gateway), s.inner.IPv6(session.Gateway)},
+		Gateway: s.gateway(),
 		Output:  output, ClientOf: s.inner.Client,
 		DNS: s.cfg.DNS, AllowLocal: s.cfg.AllowLocal,
 		MaxFlows: s.cfg.MaxFlows, MaxFlowsPerClient: s.cfg.MaxFlowsPerClient,
@@ -150,6 +217,13 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		})
 	}
+	wg.Go(func() {
+		if err := s.cfg.Registry.Run(ctx, (*news)(s)); err != nil && ctx.Err() == nil {
+			cancel(fmt.Errorf("registry: %w", err))
+		}
+	})
+	wg.Go(func() { s.gossipLoop(ctx) })
+	wg.Go(func() { s.portLoop(ctx) })
 	wg.Go(func() { s.handshakeLoop(ctx) })
 	wg.Go(func() { s.sweepLoop(ctx) })
 	wg.Go(func() {
@@ -195,13 +269,14 @@ func (s *Server) sweep(now time.Time) {
 	for _, a := range s.table.sweep(func(a *association) bool {
 		return a.heard.Load() < idle || !s.cfg.Cluster.Valid(a.Epoch)
 	}) {
-		a.leave()
+		a.forgetPath()
 	}
 	// A client that is silent for three intervals is gone: its peers' packets
-	// would only wake somebody else's NAT.
-	gone := now.Add(-3 * s.cfg.KeepAlive).UnixNano()
+	// would only wake somebody else's NAT. One that another server hears is
+	// spoken of less often.
+	here, elsewhere := now.Add(-3*s.cfg.KeepAlive).UnixNano(), now.Add(-3*seenInterval).UnixNano()
 	s.table.each(func(p *peer) {
-		if w := p.path.Load(); w != nil && w.heard.Load() < gone && p.path.CompareAndSwap(w, nil) {
+		if p.silence(here, elsewhere) {
 			s.log.Info("client is silent", "client", p.number)
 		}
 	})
@@ -211,7 +286,7 @@ func (s *Server) sweep(now time.Time) {
 // them so. To be called after the list of clients has changed.
 func (s *Server) Reload() {
 	for _, a := range s.table.sweep(func(a *association) bool { return !s.cfg.Clients.Enrolled(a.Client) }) {
-		if w := a.peer.path.Load(); w != nil && w.association == a {
+		if w := s.pathTo(a.Client); w != nil && w.association == a {
 			s.sendControl(w, wire.AppendClose(nil, wire.CloseUnknown))
 		}
 		a.leave()
@@ -225,11 +300,22 @@ func (s *Server) Reload() {
 // Drain makes the server refuse new connections while open ones go on.
 func (s *Server) Drain() { s.egress.Drain() }
 
-// Egress returns the counters of egress by the host's sockets; all are zero with
-// another egress.
+// Egress returns the counters of egress by the host's sockets, which serve the
+// gateway addresses of every server; all are zero with Config.Egress.
 func (s *Server) Egress() EgressStats {
-	if e, ok := s.egress.(*sockets); ok {
+	switch e := s.egress.(type) {
+	case *sockets:
 		return e.Stats()
+	case *tunEgress:
+		return e.Services.Stats()
 	}
 	return EgressStats{}
+}
+
+// Tun returns the counters of egress by a device, and false if there is none.
+func (s *Server) Tun() (TunStats, bool) {
+	if e, ok := s.egress.(*tunEgress); ok {
+		return e.stats(), true
+	}
+	return TunStats{}, false
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,14 +35,25 @@ type path struct {
 	conn udp.Conn
 }
 
+// place is what the whole cluster may know of where a client is. Unlike a path
+// it is not bound to this process.
+type place struct {
+	key   sessionKey
+	to    netip.AddrPort // the client's outer endpoint
+	local netip.AddrPort // the service address that it sends to
+}
+
 // peer is one client.
 type peer struct {
 	number uint32
-	path   atomic.Pointer[path] // nil while the client isn't there
+	told   atomic.Int64         // UnixNano of the last word of another server that it was heard
+	heard  atomic.Int64         // and of its last authentic packet here
+	path   atomic.Pointer[path] // nil while none is known, or none has been needed
 
 	mu        sync.Mutex
 	top       uint64 // highest counter of any of its sessions: the newest word on where it is
 	initiated uint64 // timestamp of its last initiation
+	at        place  // the zero value while the client isn't there
 }
 
 // table is the cache of sessions and what was learned of clients. Sessions
@@ -60,7 +72,7 @@ func (t *table) size() (sessions, online int) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	for _, p := range t.peers {
-		if p.path.Load() != nil {
+		if p.there() {
 			online++
 		}
 	}
@@ -77,12 +89,6 @@ func (t *table) lookup(client uint32) *peer {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	return t.peers[client]
-}
-
-// online says whether a client is there now.
-func (t *table) online(client uint32) bool {
-	p := t.lookup(client)
-	return p != nil && p.path.Load() != nil
 }
 
 // peer returns the entry of an enrolled client, made if need be.
@@ -121,6 +127,17 @@ func (t *table) each(f func(*peer)) {
 	}
 }
 
+// all returns every client.
+func (t *table) all() []*peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	list := make([]*peer, 0, len(t.peers))
+	for _, p := range t.peers {
+		list = append(list, p)
+	}
+	return list
+}
+
 // sweep forgets sessions that drop says so of, and the paths that lead through
 // them. Peers stay: their timestamps guard against replays, and there are never
 // more than clients enrolled.
@@ -137,30 +154,108 @@ func (t *table) sweep(drop func(*association) bool) (gone []*association) {
 	return gone
 }
 
-// leave forgets where the client is, if that is still through this session.
-func (a *association) leave() {
+// leave forgets where the client is, if that is still through this session. It
+// returns the counter of the last word on it.
+func (a *association) leave() (counter uint64, left bool) {
+	p := a.peer
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at.key != a.key {
+		return p.top, false
+	}
+	p.at = place{}
+	p.path.Store(nil)
+	return p.top, true
+}
+
+// forgetPath makes the next packet to the client look for its session again.
+func (a *association) forgetPath() {
 	if w := a.peer.path.Load(); w != nil && w.association == a {
 		a.peer.path.CompareAndSwap(w, nil)
 	}
 }
 
+// there says whether it is known where the client is.
+func (p *peer) there() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.at != (place{})
+}
+
+// silence forgets where the client is if nobody has heard it since: not this
+// server since here, nor another one since elsewhere, both UnixNano.
+func (p *peer) silence(here, elsewhere int64) bool {
+	if p.heard.Load() >= here || p.told.Load() >= elsewhere {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at == (place{}) {
+		return false
+	}
+	p.at = place{}
+	p.path.Store(nil)
+	return true
+}
+
+// move is what moved has found.
+type move struct {
+	changed bool // the path is another one
+	roamed  bool // and leads to another endpoint
+	news    bool // which the other servers don't know
+}
+
 // moved notes that a packet with this counter came from an endpoint. Only a
 // packet newer than all before moves the client, so a late or replayed one
-// can't drag it back (PROTOCOL.md 5.5). It says whether the path changed.
-func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn) (changed, roamed bool) {
+// can't drag it back (PROTOCOL.md 5.5).
+func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn) (m move) {
 	p := a.peer
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if counter <= p.top {
-		return false, false
+		return m
 	}
 	p.top = counter
 	w := p.path.Load()
 	if w != nil && w.association == a && w.to == from && w.conn == conn {
-		return false, false
+		return m
 	}
 	p.path.Store(&path{association: a, to: from, conn: conn})
-	return true, w != nil && (w.to != from || w.conn != conn)
+	at := place{key: a.key, to: from.Addr, local: netip.AddrPortFrom(from.Local, conn.LocalAddr().Port())}
+	m = move{
+		changed: true,
+		roamed:  p.at.to.IsValid() && (p.at.to != at.to || p.at.local != at.local),
+		news:    p.at != at,
+	}
+	p.at = at
+	return m
+}
+
+// learn takes another server's word on where the client is, with the counter of
+// the packet that showed it. The client's own counter orders what servers say,
+// so neither their clocks nor the order of their messages matter.
+func (p *peer) learn(at place, counter uint64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if counter < p.top || counter == p.top && p.at != (place{}) {
+		return false
+	}
+	p.top = counter
+	if p.at == at {
+		return false
+	}
+	p.at = at
+	p.path.Store(nil) // made again when there is a packet to send
+	return true
+}
+
+// raise notes that another server has heard the client up to this counter. It
+// returns the session that the client has now.
+func (p *peer) raise(counter uint64) sessionKey {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.top = max(p.top, counter)
+	return p.at.key
 }
 
 // fresh notes the timestamp of an initiation and says whether it is newer than
@@ -194,17 +289,88 @@ func (s *Server) sessionOf(h wire.DataHeader, now time.Time) (a *association, kn
 	if !s.cfg.Clients.Enrolled(client) {
 		return nil, false, DropUnknownClient
 	}
-	sess, err := s.cfg.Cluster.Session(h, s.cfg.Number, now)
-	if err != nil {
+	if a = s.derive(k, now); a == nil {
 		return nil, false, DropEpoch
 	}
-	return &association{key: k, Session: sess}, false, 0
+	return a, false, 0
 }
 
-// enter puts a session into the table after its first authentic packet.
+// derive computes a session. What the cluster has heard of it already is too
+// old to be heard again.
+func (s *Server) derive(k sessionKey, now time.Time) *association {
+	sess, err := s.cfg.Cluster.Session(wire.DataHeader{SessionID: k.id, Epoch: k.epoch}, s.cfg.Number, now)
+	if err != nil {
+		return nil
+	}
+	if p := s.table.lookup(sess.Client); p != nil {
+		p.mu.Lock()
+		if p.at.key == k {
+			sess.Raise(p.top)
+		}
+		p.mu.Unlock()
+	}
+	return &association{key: k, Session: sess}
+}
+
+// enter puts a session into the table: after its first authentic packet, or
+// when another server has told of it and there is a packet for its client.
 func (s *Server) enter(a *association, now time.Time) *association {
 	a.peer = s.table.peer(a.Client)
 	a.heard.Store(now.UnixNano()) // or sweep would take it for long silent
 	s.counters.derived.Add(1)
 	return s.table.add(a)
+}
+
+// pathTo returns the way to a client, or nil if it isn't there.
+func (s *Server) pathTo(client uint32) *path {
+	p := s.table.lookup(client)
+	if p == nil {
+		return nil
+	}
+	if w := p.path.Load(); w != nil {
+		return w
+	}
+	return s.resolve(p, time.Now())
+}
+
+// resolve makes a path of what other servers have told: it derives the session
+// that the client has now. A million clients may be known by hearsay, and a
+// session is a hundred times as large as that, so it is done on demand.
+func (s *Server) resolve(p *peer, now time.Time) *path {
+	p.mu.Lock()
+	at := p.at
+	p.mu.Unlock()
+	if at == (place{}) {
+		return nil
+	}
+	conn := s.connAt(at.local)
+	if conn == nil {
+		return nil
+	}
+	a := s.table.session(at.key)
+	if a == nil {
+		if a = s.derive(at.key, now); a == nil || a.Client != p.number {
+			return nil
+		}
+		a = s.enter(a, now)
+	}
+	w := &path{association: a, to: udp.Endpoint{Addr: at.to, Local: at.local.Addr()}, conn: conn}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at != at {
+		return p.path.Load() // it has moved meanwhile; nil costs this packet
+	}
+	p.path.Store(w)
+	return w
+}
+
+// connAt returns the socket that listens at a service address.
+func (s *Server) connAt(local netip.AddrPort) udp.Conn {
+	for _, c := range s.cfg.Conns {
+		at := c.LocalAddr()
+		if at.Port() == local.Port() && (at.Addr().IsUnspecified() || at.Addr() == local.Addr() || !local.Addr().IsValid()) {
+			return c
+		}
+	}
+	return nil
 }

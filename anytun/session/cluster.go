@@ -86,6 +86,13 @@ func newCluster(k PrivateKey, origin time.Time, length time.Duration, n uint32, 
 // Public returns the key that clients pin.
 func (c *Cluster) Public() PublicKey { return c.public }
 
+// RegistryKey is the key with which servers of the cluster prove to each other
+// what they say by the registry. It doesn't change with the epochs, as servers
+// that start later must know it.
+func (c *Cluster) RegistryKey() [32]byte {
+	return [32]byte(expand(c.key[:], "registry", nil, 32))
+}
+
 // epochAt is the number of the epoch that now lies in; a clock before the
 // origin counts as epoch 0.
 func (c *Cluster) epochAt(now time.Time) uint32 {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/anytun-go/anytun/anytun/client"
+	"github.com/anytun-go/anytun/anytun/registry"
 	"github.com/anytun-go/anytun/anytun/server"
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/anytun/udp"
@@ -32,6 +33,7 @@ type world struct {
 	net     *simnet.Network
 	cluster *session.Cluster
 	clients *enrolled
+	hub     *registry.Hub
 	servers []*node
 	inner   session.Inner
 	ctx     context.Context
@@ -42,9 +44,10 @@ type world struct {
 // node is one server.
 type node struct {
 	*server.Server
-	host    *simnet.Host
-	echo    *echo
-	rotated int
+	host     *simnet.Host
+	registry registry.Registry
+	echo     *echo
+	rotated  int
 }
 
 // enrolled is the list of clients.
@@ -69,6 +72,17 @@ func (e *enrolled) Enrolled(n uint32) bool {
 		}
 	}
 	return false
+}
+
+func (*enrolled) AnyPort(uint32) bool { return false }
+
+func (e *enrolled) Highest() (n uint32) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, m := range e.keys {
+		n = max(n, m)
+	}
+	return n
 }
 
 func (e *enrolled) remove(k session.PublicKey) {
@@ -113,7 +127,7 @@ func (*echo) Drain()                        {}
 // called in a bubble, whose end fails if a goroutine is left.
 func newWorld(t *testing.T, n int) *world {
 	t.Helper()
-	w := &world{t: t, net: simnet.New(1), clients: &enrolled{keys: map[session.PublicKey]uint32{}}}
+	w := &world{t: t, net: simnet.New(1), clients: &enrolled{keys: map[session.PublicKey]uint32{}}, hub: registry.NewHub()}
 	w.ctx, w.stop = context.WithCancel(t.Context())
 	c, err := session.NewCluster(time.Now())
 	if err != nil {
@@ -132,6 +146,9 @@ func newWorld(t *testing.T, n int) *world {
 	return w
 }
 
+// name is a server's name in the registry.
+func name(number uint16) string { return fmt.Sprint("server ", number) }
+
 // start runs a server on its host: a new process with nothing but the key file.
 func (w *world) start(s *node, number uint16) {
 	w.t.Helper()
@@ -144,8 +161,9 @@ func (w *world) start(s *node, number uint16) {
 		w.t.Fatal(err)
 	}
 	s.echo = &echo{}
+	s.registry = w.hub.Join(name(number))
 	s.Server, err = server.New(server.Config{
-		Conns: []udp.Conn{conn}, Cluster: key, Clients: w.clients, Number: number,
+		Conns: []udp.Conn{conn}, Cluster: key, Clients: w.clients, Number: number, Registry: s.registry,
 		Egress: func(output func([][]byte)) (server.Egress, error) {
 			s.echo.output = output
 			return s.echo, nil
