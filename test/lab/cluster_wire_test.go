@@ -97,7 +97,8 @@ func (c *cluster3) shapePort(t *testing.T, from, to port, s shape) {
 		// At the receiver's door, where packets have their size on the cable.
 		peer.nft(t, fmt.Sprintf(`table netdev loss-%s { chain in { type filter hook ingress device "%s" priority 0;
 			numgen random mod 1000000 < %d counter drop
-		} }`, to.device, to.device, int(s.Loss*1e6)))
+			}
+		}`, to.device, to.device, int(s.Loss*1e6)))
 	}
 	if s.Rate > 0 {
 		if s.Queue == 0 {
@@ -120,7 +121,8 @@ func (c *cluster3) shapePort(t *testing.T, from, to port, s shape) {
 		h.nft(t, fmt.Sprintf(`table netdev wire-%s { chain out { type filter hook egress device "%s" priority 0;
 			meta mark %d accept
 			fwd to "%s"
-		} }`, from.device, from.device, wireMark, tap))
+			}
+		}`, from.device, from.device, wireMark, tap))
 	}
 }
 
