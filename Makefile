@@ -16,10 +16,10 @@ ifneq ($(filter true,$(CI))$(filter 0,$(shell id -u)),)
 export ANYTUN_REQUIRE := 1
 endif
 
-.PHONY: build test deps fmt vet unit race lab netns e2e fuzz bench lint cross check install clean
+.PHONY: build test deps fmt vet unit race netns lab e2e fuzz bench lint cross check install clean
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/anytun-proxy ./cmd/anytun-server
-test: deps fmt vet unit race lab
+test: deps fmt vet unit race netns
 check: test lint cross
 deps:
 	test/deps/install.sh
@@ -34,9 +34,12 @@ unit:
 	$(GO) test -v -timeout 5m $(UNIT) | $(SHOW)
 race:
 	$(GO) test -race -shuffle=on -timeout 10m $(UNIT)
+netns:
+	$(GO) test -v -count=1 -timeout 15m ./test/lab | $(SHOW)
+# The anycast cluster of the tests, left standing for a person until Ctrl-C.
 lab:
-	$(GO) test -v -count=1 -timeout 10m ./test/lab | $(SHOW)
-netns: lab
+	$(GO) test -c -o bin/lab.test ./test/lab
+	cd test/lab && ANYTUN_LAB_STAND=1 ../../bin/lab.test -test.run '^TestStand$$' -test.v
 e2e:
 	$(GO) test -count=1 ./test/e2e/... ./test/gateway/...
 fuzz:

@@ -14,7 +14,8 @@ wanted=(
   setpriv=util-linux sysctl=procps nginx=nginx ssh=openssh-client
   sshd=openssh-server nc.openbsd=netcat-openbsd proxychains4=proxychains4
   unbound=unbound dig=bind9-dnsutils tcpdump=tcpdump openssl=openssl
-  chromium=chromium fcgiwrap=fcgiwrap
+  chromium=chromium fcgiwrap=fcgiwrap bird=bird2 tc=iproute2 ss=iproute2
+  ethtool=ethtool iperf3=iperf3
   "$@"
 )
 

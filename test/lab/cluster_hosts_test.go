@@ -22,12 +22,15 @@ var (
 // A port is one end of a cable: a device of a host and its addresses.
 type port struct{ host, device, v4, v6 string }
 
-// clusterCables is the whole network. A cable's name is that of its two hosts,
-// or of the first one's device where two cables join the same hosts.
-var clusterCables = []struct {
+// A cable's name is that of its two hosts, or of its device at the client's side
+// where that says more.
+type cable struct {
 	name string
 	a, b port
-}{
+}
+
+// clusterCables is the whole network.
+var clusterCables = []cable{
 	{"app-nat", port{"app", "eth0", "192.168.77.2/24", "fd77::2/64"}, port{"nat", "lan", "192.168.77.1/24", "fd77::1/64"}},
 	{"wan", port{"nat", "wan", "198.51.100.2/30", "2001:db8:1:1::2/64"}, port{"access", "left", "198.51.100.1/30", "2001:db8:1:1::1/64"}},
 	{"wan2", port{"nat", "wan2", "198.51.100.6/30", "2001:db8:1:2::2/64"}, port{"access", "left2", "198.51.100.5/30", "2001:db8:1:2::1/64"}},

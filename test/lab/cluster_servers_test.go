@@ -56,7 +56,7 @@ func (c *cluster3) serverArgs(t *testing.T, s *server3) []string {
 		}
 	}
 	for _, router := range s.neighbours() {
-		args = append(args, "--bgp-peer", fmt.Sprintf("%s@%d", c.addressOf(router, serverName(s.number)), routerAS[router]))
+		args = append(args, "--bgp-peer", fmt.Sprintf("%s@%d,bfd", c.addressOf(router, serverName(s.number)), routerAS[router]))
 	}
 	for _, prefix := range c.anycast() {
 		args = append(args, "--announce", prefix.String())

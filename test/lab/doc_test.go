@@ -16,6 +16,11 @@
 // The gateway programs run as an ordinary user in both places: nothing they do
 // may need more.
 //
+// The third place is the anycast cluster (cluster_test.go): three servers behind
+// one address, BIRD on the routers between, a client that roams, and everything
+// that can be broken. A server there may configure the network and nothing else.
+// make lab leaves that place standing for a person, and prints a map of it.
+//
 // Everything started here ends with the test, by its process id, or with the
 // test process if that dies first. Names carry the process id, so runs may
 // overlap; what dead runs left is removed by the next.
