@@ -4,9 +4,10 @@
 //
 // The roads: packets from the netstack go Output → Seal → WriteBatch (send.go),
 // packets from the network ReadBatch → Open → Config.Input (receive.go); the
-// session's upkeep is control.go. Three goroutines at most touch a Client:
-// receiveLoop, controlLoop, and whoever calls Output; they meet in atomics and
-// one bounded channel, no locks.
+// session's upkeep is control.go, with gap.go for times when nothing gets
+// through and ports.go for port blocks besides the client's own. Three
+// goroutines at most touch a Client: receiveLoop, controlLoop, and whoever calls
+// Output; they meet in atomics and bounded channels, no locks.
 package client
 
 import (
@@ -16,6 +17,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,8 +27,9 @@ import (
 	"github.com/anytun-go/anytun/anytun/wire"
 )
 
-// Config is what a client needs. All fields but KeepAlive, MTU, OnSession and
-// Logger are required.
+// Config is what a client needs. All fields but KeepAlive, MTU, the On
+// functions and Logger are required. The On functions are called one after
+// another from the goroutine that keeps the session, and must not hold it up.
 type Config struct {
 	Conn      udp.Conn         // outer socket; Run closes it
 	Servers   []netip.AddrPort // service addresses, tried in turn
@@ -39,9 +42,30 @@ type Config struct {
 	// until it returns. It is called from one goroutine.
 	Input func(pkts [][]byte)
 	// OnSession is called after every handshake, before packets of the new
-	// session are sent. It may be nil.
+	// session are sent.
 	OnSession func(Session)
-	Logger    *slog.Logger // nil discards
+	// OnSuspect tells that it isn't known whether anything gets through (true),
+	// and that something does again (false). It isn't told twice in a row.
+	OnSuspect func(bool)
+	// OnGap tells that packets flow again after a time in which none did. It is
+	// called between OnSuspect(true) and OnSuspect(false).
+	OnGap func(Gap)
+	// OnPorts gives all port blocks that the client has leased besides its own,
+	// whenever they have changed.
+	OnPorts func([]PortRange)
+	Logger  *slog.Logger // nil discards
+}
+
+// Gap is a time in which nothing was received although it should have been.
+type Gap struct {
+	Length        time.Duration // from the last message before it, or the first that wasn't answered, to the first after it
+	Before, After uint16        // numbers of the servers that those came from
+}
+
+// PortRange is a range of the client's ports, both ends included.
+type PortRange struct {
+	First, Last uint16
+	Public      netip.Addr // IPv4 address that packets from them have outside; the zero Addr: none
 }
 
 // Session is what the cluster granted.
@@ -68,6 +92,12 @@ type Status struct {
 	LastReceived  time.Time
 	Handshakes    uint64 // that succeeded
 	ServerChanges uint64 // times that packets began to come from another server
+	Suspect       bool   // something was asked for, and nothing has come yet
+	Gaps          uint64 // that have ended
+	LastGap       Gap
+	LastGapEnd    time.Time // zero without any
+	LongestGap    time.Duration
+	Ports         []PortRange // leased besides those of the session
 }
 
 // active is a session in use.
@@ -86,23 +116,36 @@ type Client struct {
 	current  atomic.Pointer[active]
 	previous atomic.Pointer[active] // still opened, never sealed with
 
-	sent, received atomic.Int64 // UnixNano of the last message each way
+	began          time.Time    // what moment counts from
+	sent, received atomic.Int64 // moments of the last message each way
 	packet         atomic.Int64 // and of the last received one with an inner packet
-	watched        atomic.Bool  // controlLoop knows that packets come
+	waiting        atomic.Int64 // and of the first inner packet sent since received; 0: none was
+	watched        atomic.Bool  // controlLoop knows that packets come or go
+	suspect        atomic.Bool  // controlLoop wants to be woken by the next message
+	moved          atomic.Bool  // the last answered keep-alive came another way than what was before it
 	answering      atomic.Uint32
-	rtt            atomic.Int64
+	steady         uint32        // messages in a row from that server, up to steadyAfter; receiveLoop's
+	resumed        atomic.Uint32 // server that ended the suspicion
+	rtt, smooth    atomic.Int64
 	observed       atomic.Pointer[netip.AddrPort]
+	gaps           atomic.Pointer[gaps]
+	ports          atomic.Pointer[[]PortRange]
 	handshakes     atomic.Uint64
 	changes        atomic.Uint64
 	counters       counters
-	token          atomic.Uint64 // of the keep-alive that waits for its answer
+	token          atomic.Uint64 // of the newest keep-alive: the moment it was sent
+	tokened        uint64        // of the newest one that was answered; receiveLoop's
 
 	// control carries copies of handshake messages from receiveLoop to
 	// controlLoop. When it is full the newest is dropped and counted: the
 	// attempt's own retry makes up for it.
 	control chan []byte
-	// refused: the server has said that it no longer knows us; wake: packets come.
-	refused, wake chan struct{}
+	// answers carries what servers say about port blocks, with the same policy:
+	// the request is repeated.
+	answers chan wire.Ports
+	// refused: the server has said that it no longer knows us; wake: packets come
+	// or go; more: ports are used up.
+	refused, wake, more chan struct{}
 }
 
 // New checks the configuration and returns a client that does nothing until Run.
@@ -127,7 +170,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	return &Client{
 		cfg: cfg, log: cfg.Logger, interval: uint16(cfg.KeepAlive / time.Second),
-		control: make(chan []byte, 16), refused: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		began:   time.Now(),
+		control: make(chan []byte, 16), answers: make(chan wire.Ports, 4),
+		refused: make(chan struct{}, 1), wake: make(chan struct{}, 1), more: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -164,9 +209,14 @@ func (c *Client) Status() Status {
 	if p := c.observed.Load(); p != nil {
 		s.Observed = *p
 	}
-	if n := c.received.Load(); n != 0 {
-		s.LastReceived = time.Unix(0, n)
+	s.Suspect = c.suspect.Load()
+	if g := c.gaps.Load(); g != nil {
+		s.Gaps, s.LastGap, s.LastGapEnd, s.LongestGap = g.count, g.last, g.end, g.longest
 	}
+	if p := c.ports.Load(); p != nil {
+		s.Ports = slices.Clone(*p)
+	}
+	s.LastReceived = c.time(c.received.Load())
 	if a := c.current.Load(); a != nil {
 		s.Session = a.session()
 		if n := c.answering.Load(); n != 0 {
@@ -192,6 +242,18 @@ func (a *active) session() Session {
 		FirstPort: a.FirstPort, LastPort: a.LastPort, PublicPort: a.PublicPort,
 		KeepAlive: a.keepAlive, Cipher: a.Grant.Cipher,
 	}
+}
+
+// moment is now, in nanoseconds since the client was made and never 0. It is
+// monotonic, so that a clock that is set doesn't look like a silence.
+func (c *Client) moment() int64 { return max(1, int64(time.Since(c.began))) }
+
+// time turns a moment into a time; 0 is the zero Time.
+func (c *Client) time(moment int64) time.Time {
+	if moment == 0 {
+		return time.Time{}
+	}
+	return c.began.Add(time.Duration(moment))
 }
 
 // unlessZero turns the protocol's "none" into Go's.

@@ -18,12 +18,17 @@ type upkeep struct {
 	cookied  bool // the pending attempt has used a cookie: one more message is all it may cause
 	server   int  // index of the service address in use
 	dead     bool
+	number   uint32 // of this client, as the last session had it
+	leases   leases
+	suspect  bool      // as OnSuspect was told
+	before   uint16    // the server that answered before the suspicion
 	oldSince time.Time // when the previous session was replaced
 	wall     time.Time // when the loop last looked, for noticing that the machine slept
 }
 
 // controlLoop asks the schedule what to do, does it, and waits for the next
-// deadline, a handshake message, or the first packet after a silence.
+// deadline, a handshake message, the first packet after a silence, or news about
+// ports.
 func (c *Client) controlLoop(ctx context.Context) {
 	u := &upkeep{schedule: session.Schedule{Jitter: jitter}, wall: time.Now()}
 	timer := time.NewTimer(0)
@@ -38,6 +43,10 @@ func (c *Client) controlLoop(ctx context.Context) {
 			c.log.Warn("the server no longer knows this client; trying again")
 			c.current.Store(nil)
 			u.schedule.Abandon()
+		case m := <-c.answers:
+			c.portsAnswer(u, m)
+		case <-c.more:
+			u.leases.want(time.Now())
 		case <-c.wake:
 		case <-timer.C:
 		}
@@ -62,10 +71,7 @@ func (c *Client) step(u *upkeep, now time.Time) time.Time {
 	if cur != nil && cur.Used(cur.Made) > session.RekeyPackets {
 		u.schedule.Rekey(now)
 	}
-	a := u.schedule.Next(now, fromNano(now, c.sent.Load()), fromNano(now, c.received.Load()), fromNano(now, c.packet.Load()))
-	if a.Quiet {
-		c.watched.Store(false)
-	}
+	a := c.ask(u, now)
 	if a.Expired {
 		c.current.Store(nil)
 		cur = nil
@@ -81,8 +87,12 @@ func (c *Client) step(u *upkeep, now time.Time) time.Time {
 		}
 	}
 	if a.KeepAlive && cur != nil {
-		t := uint64(time.Now().UnixNano())
+		t := uint64(c.moment())
 		c.token.Store(t)
+		c.counters.keepAlives.Add(1)
+		if a.Probe {
+			c.counters.probes.Add(1)
+		}
 		c.sendControl(cur, wire.AppendKeepAlive(nil, wire.KeepAlive{Interval: uint16(cur.keepAlive / time.Second), Token: t}))
 	}
 	if a.Handshake {
@@ -91,16 +101,10 @@ func (c *Client) step(u *upkeep, now time.Time) time.Time {
 		}
 		c.startHandshake(u, now)
 	}
-	return a.Again
-}
-
-// fromNano turns a stored time into one that can be compared with now without
-// the wall clock's jumps: it carries now's monotonic reading.
-func fromNano(now time.Time, n int64) time.Time {
-	if n == 0 {
-		return time.Time{}
+	if again := c.renewPorts(u, cur, now); !again.IsZero() && again.Before(a.Again) {
+		return again
 	}
-	return now.Add(time.Duration(n - now.UnixNano()))
+	return a.Again
 }
 
 func (c *Client) offer() wire.Offer {
@@ -157,6 +161,7 @@ func (c *Client) handshakeMessage(u *upkeep, b []byte) {
 	u.pending = nil
 	a := &active{Granted: g, to: to, keepAlive: min(max(time.Duration(g.KeepAlive)*time.Second, session.MinKeepAlive), session.MaxKeepAlive)}
 	c.handshakes.Add(1)
+	c.resumed.Store(uint32(g.Server))
 	c.changed(uint32(g.Server))
 	if c.cfg.OnSession != nil {
 		c.cfg.OnSession(a.session())
@@ -168,6 +173,11 @@ func (c *Client) handshakeMessage(u *upkeep, b []byte) {
 	}
 	c.log.Info("session established", "server", g.Server, "endpoint", to.Addr, "client", g.Grant.Client,
 		"cipher", g.Grant.Cipher.String(), "mtu", g.MTU, "keepalive", a.keepAlive)
+	c.waiting.Store(0) // what was sent before needn't be answered in this session
+	if g.Grant.Client != u.number { // others' ports now
+		u.number = g.Grant.Client
+		c.setPorts(u, u.leases.reset())
+	}
 	u.schedule.Established(now, a.keepAlive, time.Duration(g.Lifetime)*time.Second)
 	u.schedule.Hurry() // the first packet shows the server that the keys work, and where we are
 }

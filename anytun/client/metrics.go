@@ -1,6 +1,9 @@
 package client
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+	"time"
+)
 
 // Drop is why a packet was dropped.
 type Drop int
@@ -30,6 +33,8 @@ type counters struct {
 	sentPackets, sentBytes         atomic.Uint64
 	receivedPackets, receivedBytes atomic.Uint64
 	initiations, deadPaths         atomic.Uint64
+	keepAlives, probes             atomic.Uint64
+	portRequests, portRefusals     atomic.Uint64
 	drops                          [dropCount]atomic.Uint64
 }
 
@@ -39,6 +44,10 @@ type Stats struct {
 	ReceivedPackets, ReceivedBytes uint64
 	Initiations, DeadPaths         uint64
 	Handshakes, ServerChanges      uint64
+	KeepAlives, Probes             uint64            // sent; a probe is a keep-alive that asks about a silence
+	Gaps                           uint64            // times in which nothing got through
+	GapTime                        time.Duration     // all of them together
+	PortRequests, PortRefusals     uint64            // for further port blocks; answers that gave none
 	Drops                          map[string]uint64 // by reason
 }
 
@@ -49,7 +58,12 @@ func (c *Client) Stats() Stats {
 		ReceivedPackets: c.counters.receivedPackets.Load(), ReceivedBytes: c.counters.receivedBytes.Load(),
 		Initiations: c.counters.initiations.Load(), DeadPaths: c.counters.deadPaths.Load(),
 		Handshakes: c.handshakes.Load(), ServerChanges: c.changes.Load(),
+		KeepAlives: c.counters.keepAlives.Load(), Probes: c.counters.probes.Load(),
+		PortRequests: c.counters.portRequests.Load(), PortRefusals: c.counters.portRefusals.Load(),
 		Drops: make(map[string]uint64, dropCount),
+	}
+	if g := c.gaps.Load(); g != nil {
+		s.Gaps, s.GapTime = g.count, g.total
 	}
 	for i := range c.counters.drops {
 		s.Drops[Drop(i).String()] = c.counters.drops[i].Load()

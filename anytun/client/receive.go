@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"time"
 
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/anytun/udp"
@@ -44,7 +43,7 @@ func (c *Client) receiveLoop() error {
 
 // receive opens a group's datagrams and appends the packets in them to batch.
 func (c *Client) receive(batch [][]byte, g *udp.Group) [][]byte {
-	authentic := false
+	var first uint16 // sender of the first authentic message; 0: there was none
 	var packets, bytes uint64
 	for _, b := range g.Packets {
 		if wire.TypeOf(b) != wire.TypeData {
@@ -66,33 +65,49 @@ func (c *Client) receive(batch [][]byte, g *udp.Group) [][]byte {
 			c.counters.drops[dropOf(err)].Add(1)
 			continue
 		}
-		authentic = true
-		if n := uint32(h.Sender); c.answering.Load() != n {
-			c.changed(n)
+		if first == 0 {
+			first = h.Sender
 		}
+		moved := c.note(uint32(h.Sender))
 		if wire.IsControl(p) {
-			c.receiveControl(a, p)
+			c.receiveControl(a, p, moved)
 			continue
 		}
 		packets++
 		bytes += uint64(len(p))
 		batch = append(batch, p)
 	}
-	if authentic {
-		now := time.Now().UnixNano()
-		c.received.Store(now)
-		if packets > 0 {
-			c.packet.Store(now)
-			if !c.watched.Load() && c.watched.CompareAndSwap(false, true) {
-				notify(c.wake)
-			}
-		}
-	}
 	if packets > 0 {
 		c.counters.receivedPackets.Add(packets)
 		c.counters.receivedBytes.Add(bytes)
 	}
+	if first != 0 {
+		c.heard(first, packets > 0)
+	}
 	return batch
+}
+
+// heard notes when messages have come. What controlLoop reads together with the
+// moment is stored before it.
+func (c *Client) heard(from uint16, packets bool) {
+	now := c.moment()
+	if packets {
+		c.packet.Store(now)
+	}
+	resumed := c.suspect.Load() && c.suspect.CompareAndSwap(true, false)
+	if resumed {
+		c.resumed.Store(uint32(from))
+	}
+	c.received.Store(now)
+	if c.waiting.Load() != 0 {
+		c.waiting.Store(0)
+	}
+	if resumed {
+		notify(c.wake)
+	}
+	if packets {
+		c.watch()
+	}
 }
 
 // session finds the session a header names.
@@ -104,14 +119,6 @@ func (c *Client) session(h wire.DataHeader) *active {
 		return a
 	}
 	return nil
-}
-
-// changed notes that another server answers now. Where routes flip for every
-// packet that is often, so it is counted and not told.
-func (c *Client) changed(server uint32) {
-	if old := c.answering.Swap(server); old != 0 && old != server {
-		c.changes.Add(1)
-	}
 }
 
 func (c *Client) receiveHandshake(b []byte) {
@@ -131,7 +138,9 @@ func (c *Client) receiveHandshake(b []byte) {
 	}
 }
 
-func (c *Client) receiveControl(a *active, p []byte) {
+// receiveControl takes a control message; moved: from another server than
+// everything in a while before it.
+func (c *Client) receiveControl(a *active, p []byte, moved bool) {
 	switch wire.Control(p[0]) {
 	case wire.ControlKeepAlive:
 		m, err := wire.ParseKeepAlive(p)
@@ -146,13 +155,7 @@ func (c *Client) receiveControl(a *active, p []byte) {
 			c.counters.drops[DropMalformed].Add(1)
 			return
 		}
-		if t := c.token.Load(); t != 0 && t == m.Token {
-			c.rtt.Store(time.Now().UnixNano() - int64(t))
-			c.token.Store(0)
-		}
-		if old := c.observed.Load(); m.Observed.Addr() != netip.IPv6Unspecified() && (old == nil || *old != m.Observed) {
-			c.observed.Store(&m.Observed)
-		}
+		c.alive(m, moved)
 	case wire.ControlClose:
 		r, err := wire.ParseClose(p)
 		if err != nil {
@@ -162,8 +165,38 @@ func (c *Client) receiveControl(a *active, p []byte) {
 		if r == wire.CloseUnknown && a == c.current.Load() {
 			notify(c.refused)
 		}
+	case wire.ControlPorts:
+		m, err := wire.ParsePorts(p, nil)
+		if err != nil {
+			c.counters.drops[DropMalformed].Add(1)
+			return
+		}
+		select {
+		case c.answers <- m:
+		default:
+			c.counters.drops[DropControlQueue].Add(1)
+		}
 	default: // a later version's; unknown control messages are ignored by rule
 		c.counters.drops[DropUnknownControl].Add(1)
+	}
+}
+
+// alive takes the answer to a keep-alive. It may be a late one: while nothing
+// comes they go out faster than answers may need.
+func (c *Client) alive(m wire.Alive, moved bool) {
+	fresh := m.Token > c.tokened && m.Token <= c.token.Load()
+	if fresh {
+		c.tokened = m.Token
+		c.sample(c.moment() - int64(m.Token))
+	}
+	if m.Observed.Addr() != netip.IPv6Unspecified() {
+		if old := c.observed.Load(); old == nil || *old != m.Observed {
+			c.observed.Store(&m.Observed)
+			moved = moved || old != nil
+		}
+	}
+	if fresh && moved {
+		c.moved.Store(true)
 	}
 }
 

@@ -3,7 +3,6 @@ package client
 import (
 	"errors"
 	"net"
-	"time"
 
 	"github.com/anytun-go/anytun/anytun/udp"
 	"github.com/anytun-go/anytun/anytun/wire"
@@ -25,6 +24,17 @@ func (c *Client) Output(bufs [][]byte) {
 		return
 	}
 	c.send(a, bufs)
+	if w := c.waiting.Load(); w == 0 || w < c.received.Load() {
+		c.waiting.Store(c.moment())
+		c.watch()
+	}
+}
+
+// watch wakes controlLoop for the first packet after a quiet time.
+func (c *Client) watch() {
+	if !c.watched.Load() && c.watched.CompareAndSwap(false, true) {
+		notify(c.wake)
+	}
 }
 
 func (c *Client) send(a *active, bufs [][]byte) {
@@ -42,7 +52,7 @@ func (c *Client) send(a *active, bufs [][]byte) {
 	}
 	c.counters.sentPackets.Add(uint64(len(bufs)))
 	c.counters.sentBytes.Add(n)
-	c.sent.Store(time.Now().UnixNano())
+	c.sent.Store(c.moment())
 }
 
 // sendControl seals and sends one control message.

@@ -16,9 +16,24 @@ const (
 	// OldSession is how long packets of the session before are still opened.
 	OldSession = 2 * time.Minute
 
-	// ProbeAfter is the silence after inner packets that makes a client ask
-	// whether the path still works.
+	// ProbeAfter is the silence after a few inner packets that makes a client
+	// ask whether the path still works.
 	ProbeAfter = 500 * time.Millisecond
+	// MinProbe and MaxProbe bound what two round trips mean where a client asks
+	// faster: after many packets, or when it has sent one and nothing came.
+	MinProbe = 100 * time.Millisecond
+	MaxProbe = time.Second
+
+	// probeBusy is how many inner packets must have come since the last answer
+	// to a probe for their silence to be asked about fast: so that probes are
+	// at most a tenth of what comes in.
+	probeBusy = 10
+	// probeRest is how long after an answered probe a silence that only a sent
+	// packet makes suspicious isn't asked about: many are never answered.
+	probeRest = time.Second
+	// probeFast is how many unanswered probes follow each other at two round
+	// trips, before the pause between them doubles.
+	probeFast = 20
 
 	retryFirst = 500 * time.Millisecond
 	retryMax   = 15 * time.Second
@@ -39,8 +54,29 @@ type Schedule struct {
 	attemptAt time.Time // when the next one may go out
 	aliveAt   time.Time // last keep-alive sent
 	hurry     bool      // the path changed: ask at once
-	probes    int       // sent since something was heard
-	quiet     time.Time // packets up to here needn't be asked about any more
+
+	probes   int       // sent since something was heard
+	quiet    time.Time // packets up to here needn't be asked about any more
+	answered time.Time // when the last probe was
+	counted  uint64    // Traffic.Packets then
+	busy     bool      // many packets came before
+	heard    time.Time // what was heard last before the first of them
+	silent   time.Time // start of the silence that they ask about
+	gap      bool      // it is one: probes stayed unanswered
+}
+
+// Traffic is what a Schedule is told of the messages both ways. Times are zero
+// for never. Only authentic messages count as received.
+type Traffic struct {
+	Sent     time.Time     // last message sent
+	Received time.Time     // last message received
+	Packet   time.Time     // last received one with an inner packet
+	Waiting  time.Time     // first inner packet sent since Received; zero: none was
+	Packets  uint64        // inner packets received so far
+	RTT      time.Duration // smoothed, of keep-alives; 0: not known yet
+	// Moved: the last answer to a keep-alive came from another server, or for
+	// another outer endpoint, than everything in a while before it.
+	Moved bool
 }
 
 // Action is what a Schedule asks for.
@@ -48,11 +84,18 @@ type Action struct {
 	Handshake  bool      // send a new initiation
 	NextServer bool      // to the next service address: the one before doesn't answer
 	KeepAlive  bool      // send a keep-alive
+	Probe      bool      // it is to ask about a silence
 	Expired    bool      // forget the session: no server accepts it any more
 	Dead       bool      // nothing was heard for two intervals
-	Quiet      bool      // no packet is waited for: call Next when the next one has come
+	Suspect    bool      // a probe isn't answered yet: maybe nothing gets through
+	Gap        bool      // nothing does: probes stayed unanswered
+	Ended      Silence   // a gap has just ended; else zero
+	Quiet      bool      // no packet is waited for: call Next when the next one has come, or was sent
 	Again      time.Time // call Next again then, or after anything else happened
 }
+
+// Silence is a time in which nothing got through.
+type Silence struct{ From, To time.Time }
 
 // Established tells that a handshake has succeeded.
 func (s *Schedule) Established(now time.Time, keepAlive, lifetime time.Duration) {
@@ -80,10 +123,8 @@ func (s *Schedule) Rekey(now time.Time) {
 // Abandon tells that the server refused the session.
 func (s *Schedule) Abandon() { s.made = time.Time{} }
 
-// Next says what to do at now, given when a message was last sent, when one was
-// last received (authentic ones), and when one with an inner packet was; zero
-// for never.
-func (s *Schedule) Next(now, sent, received, packet time.Time) Action {
+// Next says what to do at now, given what was sent and received.
+func (s *Schedule) Next(now time.Time, t Traffic) Action {
 	var a Action
 	if !s.made.IsZero() && !now.Before(s.endAt) {
 		s.made = time.Time{}
@@ -91,22 +132,16 @@ func (s *Schedule) Next(now, sent, received, packet time.Time) Action {
 	}
 	need := s.made.IsZero()
 	if !need {
-		heard := later(received, s.made)
+		heard := later(t.Received, s.made)
 		a.Dead = now.Sub(heard) >= 2*s.keepAlive
 		need = a.Dead || !now.Before(s.rekeyAt)
 		if !need {
 			s.attempts, s.attemptAt = 0, time.Time{}
 		}
-		a.KeepAlive, a.Again = s.alive(now, later(sent, s.made), heard)
-		var due time.Time
-		if due, a.Quiet = s.probe(now, heard, packet); !due.IsZero() && !due.After(now) {
-			s.probes++
-			a.KeepAlive = true
-			s.aliveAt = now
-			due = heard.Add(ProbeAfter << s.probes)
-		}
-		a.Again = earlier(a.Again, laterThan(now, due))
+		a.KeepAlive, a.Again = s.alive(now, later(t.Sent, s.made), heard)
+		a.Again = earlier(a.Again, s.probe(&a, now, heard, t))
 	}
+	a.Suspect, a.Gap = s.probes > 0, s.gap
 	if need {
 		if !now.Before(s.attemptAt) {
 			a.Handshake = true
@@ -149,23 +184,92 @@ func (s *Schedule) alive(now, sent, heard time.Time) (send bool, again time.Time
 	return send, earlier(due, laterThan(now, heard.Add(2*s.keepAlive)))
 }
 
-// probe returns when to ask about the silence that follows inner packets: after
-// ProbeAfter, then twice as long each time, up to the interval. A client that
-// only receives sends little, so when a translator on the way forgets it, it
-// must notice by itself; keep-alives alone would take an interval. One answer
-// ends it until the next packet; quiet says that it has.
-func (s *Schedule) probe(now, heard, packet time.Time) (due time.Time, quiet bool) {
-	if s.probes > 0 && !heard.Before(s.aliveAt) {
-		s.probes, s.quiet = 0, now
+// probe decides on asking about a silence, and returns when to look again; zero
+// if no packet is waited for. A client that only receives sends little, so when
+// a route dies or a translator on the way forgets it, it must notice by itself;
+// keep-alives alone would take an interval. One answer ends it until the next
+// packet. What the first probe waits for:
+//
+//	many packets came, then none     two round trips
+//	one was sent, nothing came       the same, but once a second
+//	few packets came, then none      ProbeAfter
+//
+// Unanswered ones follow each other at two round trips, and the silence is a
+// gap when one has waited that long; without many packets before it the second
+// one, since a probe may just be lost.
+func (s *Schedule) probe(a *Action, now, heard time.Time, t Traffic) (again time.Time) {
+	wait, answer := ProbeAfter, ProbeAfter
+	if t.RTT > 0 {
+		wait = min(max(2*t.RTT, MinProbe), MaxProbe)
+		answer = min(max(2*t.RTT, MinProbe), max(MaxProbe, s.keepAlive/4))
 	}
-	if !packet.After(s.quiet) {
-		return time.Time{}, true
+	if s.probes > 0 && heard.After(s.heard) {
+		// A path that moved has lost what was under way, even if the first probe
+		// went through.
+		if s.gap || t.Moved && s.busy {
+			a.Ended = Silence{From: s.silent, To: heard}
+		}
+		s.probes, s.gap = 0, false
+		s.quiet, s.answered, s.counted = now, now, t.Packets
 	}
-	wait := ProbeAfter << s.probes
-	if wait >= s.keepAlive {
-		return time.Time{}, false
+	due := s.aliveAt.Add(s.pause(answer, now.Sub(heard)))
+	if s.probes == 0 {
+		due = s.firstProbe(heard, wait, t)
 	}
-	return heard.Add(wait), false
+	if due.IsZero() {
+		a.Quiet = true
+		return due
+	}
+	if now.Before(due) {
+		if s.probes == 0 {
+			due = earlier(due, now.Add(wait)) // many may have come by then
+		}
+		return due
+	}
+	if s.probes >= 2 || s.probes == 1 && s.busy {
+		s.gap = true
+	}
+	if s.probes == 0 {
+		s.heard = heard
+	}
+	s.probes++
+	s.aliveAt = now
+	a.KeepAlive, a.Probe = true, true
+	return now.Add(s.pause(answer, now.Sub(heard)))
+}
+
+// firstProbe returns when to ask about a silence that wasn't asked about yet;
+// zero for never.
+func (s *Schedule) firstProbe(heard time.Time, wait time.Duration, t Traffic) (due time.Time) {
+	s.busy = t.Packets-s.counted >= probeBusy
+	s.silent = heard
+	if t.Packet.After(s.quiet) {
+		due = heard.Add(max(wait, ProbeAfter))
+		if s.busy {
+			due = heard.Add(wait)
+		}
+	}
+	if t.Waiting.IsZero() || t.Waiting.Before(heard) {
+		return due
+	}
+	answer := t.Waiting.Add(wait)
+	if !s.busy && !s.answered.IsZero() {
+		answer = later(answer, s.answered.Add(probeRest))
+	}
+	if due.IsZero() || answer.Before(due) {
+		due, s.silent = answer, t.Waiting
+	}
+	return due
+}
+
+// pause returns how long the last probe's answer is waited for: at first two
+// round trips, then up to MaxProbe, until the path counts as dead.
+func (s *Schedule) pause(first, silence time.Duration) time.Duration {
+	p := min(first<<min(max(0, s.probes-probeFast), 10), max(MaxProbe, first))
+	if silence >= 2*s.keepAlive {
+		p = max(p, s.keepAlive/4)
+	}
+	return p
 }
 
 func later(a, b time.Time) time.Time {

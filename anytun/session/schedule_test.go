@@ -7,17 +7,16 @@ import (
 
 // world drives a Schedule with a clock and a server that answers or not.
 type world struct {
-	t              *testing.T
-	s              Schedule
-	now            time.Time
-	sent, received time.Time
-	packet         time.Time // last inner packet received
-	up             bool      // keep-alives and handshakes are answered
-	busy           bool      // data goes out all the time
-	handshakes     []time.Duration
-	keepAlives     []time.Duration
-	next           int
-	dead           []time.Duration
+	t   *testing.T
+	s   Schedule
+	now time.Time
+	Traffic
+	up         bool // keep-alives and handshakes are answered
+	busy       bool // data goes out all the time
+	handshakes []time.Duration
+	keepAlives []time.Duration
+	next       int
+	dead       []time.Duration
 }
 
 const testKeepAlive = 20 * time.Second
@@ -37,17 +36,17 @@ func (w *world) run(d time.Duration) {
 			w.t.Fatal("the schedule spins")
 		}
 		if w.busy {
-			w.sent = w.now
+			w.Sent = w.now
 		}
-		a := w.s.Next(w.now, w.sent, w.received, w.packet)
+		a := w.s.Next(w.now, w.Traffic)
 		if a.Dead {
 			w.dead = append(w.dead, w.at())
 		}
 		if a.KeepAlive {
 			w.keepAlives = append(w.keepAlives, w.at())
-			w.sent = w.now
+			w.Sent = w.now
 			if w.up {
-				w.received = w.now
+				w.Received = w.now
 			}
 		}
 		if a.NextServer {
@@ -99,7 +98,7 @@ func TestScheduleDeadPath(t *testing.T) {
 		w := newWorld(t)
 		w.run(time.Minute)
 		w.up, w.busy = false, busy
-		died := w.received.Sub(start)
+		died := w.Received.Sub(start)
 		w.handshakes, w.keepAlives = nil, nil
 		w.run(5 * time.Minute)
 		if len(w.dead) == 0 || w.dead[0]-died > 2*testKeepAlive {
@@ -139,7 +138,7 @@ func TestSchedulePathReturns(t *testing.T) {
 	w.run(time.Minute)
 	w.up = false
 	w.run(90 * time.Second)
-	w.received = w.now // something arrives
+	w.Received = w.now // something arrives
 	n := len(w.handshakes)
 	w.dead = nil
 	w.up = true
@@ -165,8 +164,8 @@ func TestScheduleRekey(t *testing.T) {
 	w.up = false
 	expired := false
 	for w.now.Sub(made) < 2*time.Hour {
-		w.received, w.sent = w.now, w.now
-		if a := w.s.Next(w.now, w.sent, w.received, w.packet); a.Expired {
+		w.Received, w.Sent = w.now, w.now
+		if a := w.s.Next(w.now, w.Traffic); a.Expired {
 			expired = true
 			if d := w.now.Sub(made); d < time.Hour {
 				t.Errorf("expired after %v", d)
@@ -182,73 +181,25 @@ func TestScheduleRekey(t *testing.T) {
 func TestScheduleHurry(t *testing.T) {
 	w := newWorld(t)
 	w.run(time.Minute)
-	a := w.s.Next(w.now, w.now, w.now, w.packet)
+	w.Sent, w.Received = w.now, w.now
+	a := w.s.Next(w.now, w.Traffic)
 	if a.KeepAlive {
 		t.Fatal("a keep-alive too early")
 	}
 	w.s.Hurry()
-	if a := w.s.Next(w.now, w.now, w.now, w.packet); !a.KeepAlive || a.Handshake {
+	if a := w.s.Next(w.now, w.Traffic); !a.KeepAlive || a.Handshake {
 		t.Errorf("hurry: %+v", a)
 	}
-	if a := w.s.Next(w.now, w.now, w.now, w.packet); a.KeepAlive {
+	if a := w.s.Next(w.now, w.Traffic); a.KeepAlive {
 		t.Error("hurry lasts")
 	}
 	w.s.Rekey(w.now)
-	if a := w.s.Next(w.now, w.now, w.now, w.packet); !a.Handshake {
+	if a := w.s.Next(w.now, w.Traffic); !a.Handshake {
 		t.Error("no rekey when asked for")
 	}
 	w.s.Abandon()
 	w.now = w.now.Add(time.Minute)
-	if a := w.s.Next(w.now, w.now, w.now, w.packet); !a.Handshake || a.KeepAlive {
+	if a := w.s.Next(w.now, w.Traffic); !a.Handshake || a.KeepAlive {
 		t.Errorf("abandoned: %+v", a)
-	}
-}
-
-// Silence after inner packets is asked about at once, more slowly if no answer
-// comes, and not again after one came.
-func TestScheduleProbe(t *testing.T) {
-	w := newWorld(t)
-	w.run(30 * time.Second)
-	if a := w.s.Next(w.now, w.sent, w.received, w.packet); !a.Quiet {
-		t.Error("an idle session isn't quiet")
-	}
-	w.keepAlives = nil
-	w.packet, w.received = w.now, w.now
-	from := w.at()
-	if a := w.s.Next(w.now, w.sent, w.received, w.packet); a.Quiet {
-		t.Error("quiet although a packet has just come")
-	}
-	w.run(5 * time.Second)
-	if len(w.keepAlives) != 1 || w.keepAlives[0]-from != ProbeAfter {
-		t.Errorf("answered probe: keep-alives at %v after %v", w.keepAlives, from)
-	}
-	if a := w.s.Next(w.now, w.sent, w.received, w.packet); !a.Quiet {
-		t.Error("not quiet after an answer")
-	}
-	w.run(20 * time.Second)
-	w.keepAlives = nil
-	w.packet, w.received = w.now, w.now
-	from = w.at()
-	w.up = false
-	w.run(12 * time.Second)
-	want := []time.Duration{500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second}
-	if len(w.keepAlives) != len(want) {
-		t.Fatalf("unanswered probes at %v after %v, want %v later", w.keepAlives, from, want)
-	}
-	for i, at := range w.keepAlives {
-		if at-from != want[i] {
-			t.Errorf("probe %d after %v, want %v", i, at-from, want[i])
-		}
-	}
-	// Packets that keep coming keep probes away.
-	w = newWorld(t)
-	w.run(time.Second)
-	w.keepAlives = nil
-	for range 100 {
-		w.now = w.now.Add(100 * time.Millisecond)
-		w.packet, w.received = w.now, w.now
-		if a := w.s.Next(w.now, w.now, w.received, w.packet); a.KeepAlive {
-			t.Fatal("a probe while packets come")
-		}
 	}
 }
