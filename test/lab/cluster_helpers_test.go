@@ -76,7 +76,7 @@ func runAsk(args []string) error {
 		if err != nil {
 			a.server = "nobody"
 		}
-		fmt.Println(a.server, a.seen)
+		fmt.Fprintln(os.Stdout, a.server, a.seen)
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ func TestStand(t *testing.T) {
 	if os.Getenv(standEnv) == "" {
 		t.Skip("for people: make lab")
 	}
-	fmt.Println("building the cluster: ten hosts, three servers, one client ...")
+	fmt.Fprintln(os.Stdout, "building the cluster: ten hosts, three servers, one client ...")
 	began := time.Now()
 	s := &stand{
 		cluster3: newCluster3(t, cluster3Options{
@@ -40,11 +40,11 @@ func TestStand(t *testing.T) {
 	}
 	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM)
 	defer signal.Stop(s.signals)
-	fmt.Printf("it stands, after %.1f s\n", time.Since(began).Seconds())
+	fmt.Fprintf(os.Stdout, "it stands, after %.1f s\n", time.Since(began).Seconds())
 	s.script(t)
 	s.printMap()
 	s.obey(t)
-	fmt.Println("taking it down ...")
+	fmt.Fprintln(os.Stdout, "taking it down ...")
 }
 
 // A stand is a cluster that a person plays with.
@@ -70,7 +70,7 @@ func (s *stand) script(t *testing.T) {
 }
 
 func (s *stand) printMap() {
-	fmt.Printf(`
+	fmt.Fprintf(os.Stdout, `
                 ┌─ wan ──┐                 ┌─ s1      service address  %v and %v, UDP port %d
   app ── nat ───┤        ├ access ── core ─┼─ s2      egress address   %v and %v
     │           └─ wan2 ─┘   │         │ │ └─ s3 ─┐   all three servers announce both by BGP
@@ -78,20 +78,20 @@ func (s *stand) printMap() {
                                              └─ dst2
 
 `, s.services.v4, s.services.v6, serverPort, s.egress.v4, s.egress.v6)
-	fmt.Printf("%-8s %-12s %-8s %-22s %-22s to\n", "host", "cable", "device", "IPv4", "IPv6")
+	fmt.Fprintf(os.Stdout, "%-8s %-12s %-8s %-22s %-22s to\n", "host", "cable", "device", "IPv4", "IPv6")
 	for _, name := range s.names() {
 		shown := name
 		for _, k := range clusterCables {
 			for _, ends := range [][2]port{{k.a, k.b}, {k.b, k.a}} {
 				if ends[0].host == name {
-					fmt.Printf("%-8s %-12s %-8s %-22s %-22s %s\n", shown, k.name, ends[0].device, ends[0].v4, ends[0].v6, ends[1].host)
+					fmt.Fprintf(os.Stdout, "%-8s %-12s %-8s %-22s %-22s %s\n", shown, k.name, ends[0].device, ends[0].v4, ends[0].v6, ends[1].host)
 					shown = ""
 				}
 			}
 		}
 	}
 	web := fmt.Sprintf("http://%s:%d/who", dst4, httpPort)
-	fmt.Printf(`
+	fmt.Fprintf(os.Stdout, `
 From any terminal, as root (dst and dst2 have nginx at %[3]d, iperf3 at 5201, a resolver that knows %[4]s):
 
   %[1]s app curl %[2]s                      the way without a tunnel: the address of app's NAT
@@ -114,7 +114,7 @@ func (s *stand) ours(name string) string {
 }
 
 func (s *stand) printHelp() {
-	fmt.Print(`  kill N | stop N | cont N | drain N | start N [FLAG...]   the server's process: -9, SIGSTOP, SIGCONT, SIGTERM, again
+	fmt.Fprint(os.Stdout, `  kill N | stop N | cont N | drain N | start N [FLAG...]   the server's process: -9, SIGSTOP, SIGCONT, SIGTERM, again
   cut N | heal N                    what the server's cables carry: nothing, everything
   route N                           everything to server N; 0: as BGP says
   service N | egress N              the same for clients' packets, for packets from outside
@@ -143,14 +143,14 @@ func (s *stand) obey(t *testing.T) {
 		}
 	}()
 	for {
-		fmt.Print("lab> ")
+		fmt.Fprint(os.Stdout, "lab> ")
 		select {
 		case <-s.signals:
-			fmt.Println()
+			fmt.Fprintln(os.Stdout)
 			return
 		case line, ok := <-lines:
 			if !ok {
-				fmt.Println("no more input: standing until Ctrl-C")
+				fmt.Fprintln(os.Stdout, "no more input: standing until Ctrl-C")
 				lines = nil
 				continue
 			}
@@ -164,7 +164,7 @@ func (s *stand) obey(t *testing.T) {
 			// A subtest: what fails ends the command, not the lab.
 			t.Run(line, func(t *testing.T) {
 				if err := s.command(t, fields[0], fields[1:]); err != nil {
-					fmt.Println(err)
+					fmt.Fprintln(os.Stdout, err)
 				}
 			})
 		}
@@ -184,11 +184,11 @@ func (s *stand) command(t *testing.T, name string, args []string) error {
 	case "spray":
 		s.spray(t)
 	case "routes":
-		fmt.Println("core:", strings.ReplaceAll(s.atCore.describe(s.cluster3), "; ", "\n      "))
-		fmt.Println("edge:", strings.ReplaceAll(s.atEdge.describe(s.cluster3), "; ", "\n      "))
+		fmt.Fprintln(os.Stdout, "core:", strings.ReplaceAll(s.atCore.describe(s.cluster3), "; ", "\n      "))
+		fmt.Fprintln(os.Stdout, "edge:", strings.ReplaceAll(s.atEdge.describe(s.cluster3), "; ", "\n      "))
 	case "counts":
 		for i, n := range s.counts(t) {
-			fmt.Printf("%s: %d packets from clients, %d to egress addresses\n", serverName(i+1), n.Service, n.Egress)
+			fmt.Fprintf(os.Stdout, "%s: %d packets from clients, %d to egress addresses\n", serverName(i+1), n.Service, n.Egress)
 		}
 	case "roam":
 		if len(args) != 1 || !slices.Contains([]string{"wan", "wan2", "mobile"}, args[0]) {
@@ -229,11 +229,11 @@ func (s *stand) toServer(t *testing.T, name string, number int, args []string, b
 	switch {
 	case withdraws[name] != nil:
 		withdraws[name](t, number)
-		fmt.Printf("no router sends to %s any more, after %v\n", serverName(number), s.withdrawn(t, number, began).Round(100*time.Microsecond))
+		fmt.Fprintf(os.Stdout, "no router sends to %s any more, after %v\n", serverName(number), s.withdrawn(t, number, began).Round(100*time.Microsecond))
 	case announces[name] != nil:
 		announces[name](t, number)
 		s.announced(t, number)
-		fmt.Printf("the routers send to %s again, after %v\n", serverName(number), time.Since(began).Round(10*time.Millisecond))
+		fmt.Fprintf(os.Stdout, "the routers send to %s again, after %v\n", serverName(number), time.Since(began).Round(10*time.Millisecond))
 	default:
 		return errUsage
 	}
@@ -286,7 +286,7 @@ func (s *stand) printLog(args []string) error {
 	} else if args[0] != "proxy" || d == nil {
 		return errUsage
 	}
-	fmt.Println(tail(d.printed(), 40))
+	fmt.Fprintln(os.Stdout, tail(d.printed(), 40))
 	return nil
 }
 

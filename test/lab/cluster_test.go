@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 )
@@ -180,15 +179,4 @@ func (c *cluster3) names() []string {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// list writes addresses as an nft set does.
-func list(addresses ...netip.Addr) string {
-	var texts []string
-	for _, a := range addresses {
-		if text := a.String(); !slices.Contains(texts, text) {
-			texts = append(texts, text)
-		}
-	}
-	return "{ " + strings.Join(texts, ", ") + " }"
 }

@@ -166,7 +166,7 @@ func runWire(args []string) error {
 	ending := make(chan os.Signal, 1)
 	signal.Notify(ending, syscall.SIGTERM)
 	go func() { <-ending; ended.Store(true) }()
-	fmt.Println("ready")
+	fmt.Fprintln(os.Stdout, "ready")
 	return w.run(ended.Load)
 }
 
