@@ -138,11 +138,7 @@ func (e *engine) start() error {
 		},
 	}})
 	if err == nil {
-		// What peers announce is none of our business, and none of other peers'.
-		err = srv.SetPolicyAssignment(context.Background(), &api.SetPolicyAssignmentRequest{Assignment: &api.PolicyAssignment{
-			Name: "global", Direction: api.PolicyDirection_POLICY_DIRECTION_IMPORT,
-			DefaultAction: api.RouteAction_ROUTE_ACTION_REJECT,
-		}})
+		err = refuse(srv)
 	}
 	if err != nil {
 		srv.Stop()
@@ -153,6 +149,24 @@ func (e *engine) start() error {
 	e.mu.Unlock()
 	e.log.Debug("bgp started", "router", id, "as", e.cfg.AS)
 	return nil
+}
+
+// refuse makes a speaker take in nothing but what it announces itself: what
+// peers announce is none of our business, and none of other peers'.
+func refuse(srv *server.BgpServer) error {
+	ctx, name := context.Background(), "own"
+	err := srv.AddPolicy(ctx, &api.AddPolicyRequest{Policy: &api.Policy{Name: name, Statements: []*api.Statement{{
+		Name:       name,
+		Conditions: &api.Conditions{RouteType: api.Conditions_ROUTE_TYPE_LOCAL},
+		Actions:    &api.Actions{RouteAction: api.RouteAction_ROUTE_ACTION_ACCEPT},
+	}}}})
+	if err != nil {
+		return err
+	}
+	return srv.SetPolicyAssignment(ctx, &api.SetPolicyAssignmentRequest{Assignment: &api.PolicyAssignment{
+		Name: "global", Direction: api.PolicyDirection_POLICY_DIRECTION_IMPORT,
+		Policies: []*api.Policy{{Name: name}}, DefaultAction: api.RouteAction_ROUTE_ACTION_REJECT,
+	}})
 }
 
 func (e *engine) ours(a netip.Addr) bool {

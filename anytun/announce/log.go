@@ -10,8 +10,8 @@ import (
 
 // engineLog brings the BGP engine's words into the program's log. The engine
 // calls Info what it does step by step, which here is Debug; only what a person
-// might act on stays. Warnings that come again and again, as for a peer that
-// can't be reached, are passed on once a minute.
+// might act on stays. Warnings, which come again and again while a peer is in
+// trouble, and what a stranger's packets cause are passed on once a minute.
 type engineLog struct {
 	to    slog.Handler
 	again *repeats // shared with all that came from WithAttrs and WithGroup
@@ -28,6 +28,13 @@ var worth = map[string]bool{
 	"received notification": true,
 }
 
+// perPacket are messages that a stranger can cause, one for each packet.
+var perPacket = map[string]bool{
+	"Unknown BFD peer": true,
+	"Invalid packet":   true,
+	"Can't find configuration for a new passive connection": true,
+}
+
 func (l *engineLog) Enabled(ctx context.Context, level slog.Level) bool {
 	return l.to.Enabled(ctx, level)
 }
@@ -39,7 +46,7 @@ func (l *engineLog) Handle(ctx context.Context, r slog.Record) error {
 			return nil
 		}
 	}
-	if r.Level >= slog.LevelWarn && !l.again.first(r) {
+	if (r.Level >= slog.LevelWarn || perPacket[r.Message]) && !l.again.first(r) {
 		return nil
 	}
 	out := slog.NewRecord(r.Time, r.Level, "bgp: "+strings.ToLower(r.Message), r.PC)
