@@ -115,7 +115,7 @@ type datagram struct {
 	deadline time.Time
 	dead     bool
 
-	header []byte // as it will be, but for the lengths; nil until the first fragment is there
+	header []byte  // as it will be, but for the lengths; nil until the first fragment is there
 	pieces []piece // in order of their place
 	have   int     // bytes of data in them
 	total  int     // bytes of data in all, 0 while unknown
