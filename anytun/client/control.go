@@ -173,7 +173,7 @@ func (c *Client) handshakeMessage(u *upkeep, b []byte) {
 	}
 	c.log.Info("session established", "server", g.Server, "endpoint", to.Addr, "client", g.Grant.Client,
 		"cipher", g.Grant.Cipher.String(), "mtu", g.MTU, "keepalive", a.keepAlive)
-	c.waiting.Store(0) // what was sent before needn't be answered in this session
+	c.waiting.Store(0)              // what was sent before needn't be answered in this session
 	if g.Grant.Client != u.number { // others' ports now
 		u.number = g.Grant.Client
 		c.setPorts(u, u.leases.reset())
