@@ -102,16 +102,16 @@ func (w *tablePlan) outward(client uint32, port uint16, v6 bool) (netip.Addr, bo
 	return netip.Addr{}, false
 }
 
-// compare looks at every port of every address and at every inner port of every
+// compare looks at every step-th port of every address, and at inner ports of every
 // client.
-func compare(t *testing.T, p *Plan, w *tablePlan, l *Leases) {
+func compare(t *testing.T, p *Plan, w *tablePlan, l *Leases, step int) {
 	t.Helper()
 	strangers := addrs(t, "203.0.113.99", "2001:db8::99")
 	for _, a := range slices.Concat(w.v4, w.v6, strangers) {
 		if got, want := p.Contains(a), !slices.Contains(strangers, a); got != want {
 			t.Errorf("contains %v: %v", a, got)
 		}
-		for port := range 1 << 16 {
+		for port := 0; port < 1<<16; port += step {
 			to := netip.AddrPortFrom(a, uint16(port))
 			block, ok := p.Owner(a, uint16(port))
 			if want := w.owner[to]; block != want || ok != (want != 0) {
@@ -127,7 +127,7 @@ func compare(t *testing.T, p *Plan, w *tablePlan, l *Leases) {
 		t.Errorf("%d clients, want %d", p.Clients(), w.top)
 	}
 	for client := range w.top + 70 {
-		for port := 0; port < 1<<16; port += 61 {
+		for port := 0; port < 1<<16; port += 509 {
 			for _, v6 := range []bool{false, true} {
 				got, ok := p.Outward(client, uint16(port), v6, l)
 				if want, wantOK := w.outward(client, uint16(port), v6); got != want || ok != wantOK {
@@ -142,7 +142,7 @@ func compare(t *testing.T, p *Plan, w *tablePlan, l *Leases) {
 		if !ok {
 			continue
 		}
-		for port := int(place.First); port <= int(place.Last); port += 13 {
+		for port := int(place.First); port <= int(place.Last); port += 93 {
 			for i, a := range []netip.Addr{place.IPv4, place.IPv6} {
 				if a.IsValid() && w.owner[netip.AddrPortFrom(a, uint16(port))] != client {
 					t.Fatalf("client %d was given %v:%d", client, a, port)
@@ -170,9 +170,8 @@ func TestPlanAgainstTwin(t *testing.T) {
 			t.Run(fmt.Sprint(name, " ", ports), func(t *testing.T) {
 				t.Parallel()
 				p, w := plan(t, ports, tt.v4, tt.v6, ""), newTable(ports, tt.v4, tt.v6)
-				compare(t, p, w, nil)
+				compare(t, p, w, nil, 1)
 				var l Leases
-				compare(t, p, w, &l)
 				if p.blocks.PerAddress() < 3 {
 					return
 				}
@@ -198,7 +197,7 @@ func TestPlanAgainstTwin(t *testing.T) {
 				if len(w.lent) == 0 || l.Len() != len(w.lent) {
 					t.Fatalf("%d leases, want %d", l.Len(), len(w.lent))
 				}
-				compare(t, p, w, &l)
+				compare(t, p, w, &l, 31)
 			})
 		}
 	}
