@@ -396,13 +396,17 @@ func TestPorts(t *testing.T) {
 		time.Sleep(time.Hour - 20*time.Second)
 		synctest.Wait()
 		s := w.servers[0]
+		s.mu.Lock()
 		if s.requests != 4 || len(w.ports) != 1 {
 			t.Errorf("%d requests, ports %v", s.requests, w.ports)
 		}
+		s.mu.Unlock()
 		if st := w.user.Stats(); st.PortRequests != 4 || st.PortRefusals != 1 {
 			t.Errorf("stats %+v", st)
 		}
+		s.mu.Lock()
 		s.landlord.silent = true
+		s.mu.Unlock()
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if len(w.ports) != 2 || len(w.ports[1]) != 0 || len(w.user.Status().Ports) != 0 {
