@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -70,6 +71,7 @@ func (s *state) up(ctx context.Context) error {
 	if err := checkPrefixes(s.h.Egress); err != nil {
 		return err
 	}
+	s.h.Egress = distinct(s.h.Egress)
 	link, err := s.nl.LinkByName(s.h.Device)
 	if err != nil {
 		return fmt.Errorf("find interface %q: %w", s.h.Device, err)
@@ -122,25 +124,44 @@ func (s *state) down() error {
 func (s *state) look() error {
 	s.routes, s.local = nil, nil
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		var ours []netlink.Route
+		var local []netip.Prefix
 		all := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
-		err := s.nl.RouteListFilteredIter(family, all, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
-			switch {
-			case r.Protocol == protocol:
-				s.routes = append(s.routes, r)
-			case r.Table == unix.RT_TABLE_LOCAL && r.Type == unix.RTN_LOCAL:
-				if p, ok := prefixOf(r.Dst); ok {
-					s.local = append(s.local, p)
+		err := again(func() error {
+			ours, local = nil, nil
+			return s.nl.RouteListFilteredIter(family, all, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+				switch {
+				case r.Protocol == protocol:
+					ours = append(ours, r)
+				case r.Table == unix.RT_TABLE_LOCAL && r.Type == unix.RTN_LOCAL:
+					if p, ok := prefixOf(r.Dst); ok {
+						local = append(local, p)
+					}
 				}
-			}
-			return true
+				return true
+			})
 		})
-		// Another program may change routes meanwhile; ours and the host's
-		// addresses are hardly those.
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}
+		s.routes, s.local = append(s.routes, ours...), append(s.local, local...)
 	}
 	return nil
+}
+
+// again repeats a listing that others' changes spoil. With a routing daemon at
+// work that may be each time; what is listed is of use even so, since it is hardly
+// ours that changes.
+func again(list func() error) error {
+	for try := 1; ; try++ {
+		err := list()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return err
+		}
+		if try == 3 {
+			return nil
+		}
+	}
 }
 
 // ruled are the egress prefixes that need rules, because one of their addresses
@@ -148,11 +169,8 @@ func (s *state) look() error {
 func (s *state) ruled() []netip.Prefix {
 	var ps []netip.Prefix
 	for _, p := range s.h.Egress {
-		for _, l := range s.local {
-			if p.Overlaps(l) {
-				ps = append(ps, p.Masked())
-				break
-			}
+		if slices.ContainsFunc(s.local, p.Overlaps) {
+			ps = append(ps, p)
 		}
 	}
 	return ps
@@ -163,10 +181,8 @@ func (s *state) upRoutes(ruled []netip.Prefix) error {
 	var want []netlink.Route
 	for _, p := range s.h.Egress {
 		r := netlink.Route{Dst: ipNet(p), Protocol: protocol, Table: unix.RT_TABLE_MAIN, Priority: metricBlackhole}
-		for _, q := range ruled {
-			if q == p.Masked() {
-				r.Table = table
-			}
+		if slices.Contains(ruled, p) {
+			r.Table = table
 		}
 		hole := r
 		hole.Type = unix.RTN_BLACKHOLE
@@ -176,7 +192,7 @@ func (s *state) upRoutes(ruled []netip.Prefix) error {
 	}
 	for i := range want {
 		r := &want[i]
-		if s.hasRoute(r) {
+		if slices.ContainsFunc(s.routes, func(old netlink.Route) bool { return sameRoute(&old, r) }) {
 			continue
 		}
 		if err := s.nl.RouteAdd(r); errors.Is(err, unix.EEXIST) {
@@ -187,11 +203,7 @@ func (s *state) upRoutes(ruled []netip.Prefix) error {
 	}
 	for i := range s.routes {
 		old := &s.routes[i]
-		keep := false
-		for j := range want {
-			keep = keep || sameRoute(old, &want[j])
-		}
-		if keep {
+		if slices.ContainsFunc(want, func(r netlink.Route) bool { return sameRoute(old, &r) }) {
 			continue
 		}
 		if err := s.nl.RouteDel(old); err != nil && !errors.Is(err, unix.ESRCH) {
@@ -199,15 +211,6 @@ func (s *state) upRoutes(ruled []netip.Prefix) error {
 		}
 	}
 	return nil
-}
-
-func (s *state) hasRoute(r *netlink.Route) bool {
-	for i := range s.routes {
-		if sameRoute(&s.routes[i], r) {
-			return true
-		}
-	}
-	return false
 }
 
 func sameRoute(a, b *netlink.Route) bool {
@@ -257,6 +260,17 @@ func checkPrefixes(ps []netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// distinct masks the prefixes and leaves each once.
+func distinct(ps []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range ps {
+		if p = p.Masked(); !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func family(a netip.Addr) int {

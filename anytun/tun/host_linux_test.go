@@ -59,8 +59,9 @@ func helper() error {
 
 func testHost() Host {
 	return Host{
-		Device:  "tun0",
-		Egress:  []netip.Prefix{prefix(single(service4)), prefix(single(service6)), prefix("198.51.100.0/28"), prefix("2001:db8:51::/64")},
+		Device: "tun0",
+		Egress: []netip.Prefix{prefix(single(service4)), prefix(single(service6)), prefix("198.51.100.0/28"),
+			prefix("198.51.100.1/28"), prefix("2001:db8:51::/64")},
 		Service: []netip.AddrPort{service(service4), service(service6)},
 	}
 }
@@ -228,11 +229,12 @@ func hostSpace(t *testing.T) *space {
 func TestUpRefuses(t *testing.T) {
 	s := hostSpace(t)
 	s.open(Config{Name: "tun0"})
+	s.run("ip route add unreachable 198.51.100.0/28 metric 1")
 	before := s.settled()
 	for name, h := range map[string]Host{
-		"no device":     {Device: "tun9"},
-		"bad address":   {Device: "tun0", Egress: []netip.Prefix{prefix("127.0.0.1/32")}},
-		"double prefix": {Device: "tun0", Egress: []netip.Prefix{prefix("198.51.100.0/28"), prefix("198.51.100.1/28")}},
+		"no device":   {Device: "tun9"},
+		"bad address": {Device: "tun0", Egress: []netip.Prefix{prefix("127.0.0.1/32")}},
+		"other route": {Device: "tun0", Egress: []netip.Prefix{prefix("198.51.100.16/28"), prefix("198.51.100.0/28")}},
 	} {
 		s.do(func() error {
 			if _, err := h.Up(t.Context()); err == nil {
@@ -246,6 +248,7 @@ func TestUpRefuses(t *testing.T) {
 	if after := s.settled(); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
+	s.run("ip route del unreachable 198.51.100.0/28")
 	// Another's rule behind rule 0, which can't be moved over it.
 	s.run("ip rule add pref 0 from 10.0.0.0/8 lookup 99")
 	before = s.settled()

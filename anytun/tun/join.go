@@ -95,7 +95,7 @@ func (r *run) add(b []byte) bool {
 			!bytes.Equal(t[8:13], first[8:13]) || // acknowledgement, data offset
 			t[13]&^flagPSH != first[13] ||
 			!bytes.Equal(t[14:16], first[14:16]) || // window
-			!bytes.Equal(t[20:], first[20:]) { // options
+			!bytes.Equal(t[18:], first[18:]) { // urgent pointer, options
 			return false
 		}
 		if t[13]&flagPSH != 0 {

@@ -93,11 +93,12 @@ func localRule(f, priority int, protocol uint8) netlink.Rule {
 
 // reconcile makes want our only rules, in this order and before rule 0.
 func (s *state) reconcile(f int, want []netlink.Rule) error {
-	all, err := s.nl.RuleList(f)
+	var all []netlink.Rule
+	err := again(func() (err error) { all, err = s.nl.RuleList(f); return err })
 	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 		all, err = nil, nil // no IPv6, or a kernel without policy routing
 	}
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+	if err != nil {
 		return err
 	}
 	var ours, first []netlink.Rule // of us; at priority 0
@@ -126,9 +127,9 @@ func (s *state) reconcile(f int, want []netlink.Rule) error {
 	}
 
 	// From here on the guard is there whenever rule 0 isn't.
-	again := localRule(f, 0, unix.RTPROT_KERNEL)
+	back := localRule(f, 0, unix.RTPROT_KERNEL)
 	if local >= 0 {
-		again = first[local]
+		back = first[local]
 		if !guard {
 			g := localRule(f, guardPriority, protocol)
 			if err := s.nl.RuleAdd(&g); err != nil {
@@ -151,7 +152,7 @@ func (s *state) reconcile(f int, want []netlink.Rule) error {
 		}
 	}
 	if guard { // whatever happened: rule 0 was there once
-		if e := s.nl.RuleAdd(&again); e != nil {
+		if e := s.nl.RuleAdd(&back); e != nil {
 			return errors.Join(err, fmt.Errorf("put rule 0 back: %w", e))
 		}
 		g := localRule(f, guardPriority, protocol)
