@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 
@@ -31,13 +31,15 @@ type Device struct {
 	name     string
 	file     *os.File
 	rc       syscall.RawConn
-	routes   *netlink.Handle // speaks to the namespace of the device, whoever calls
 	index    int
 	uso      bool
 	closed   atomic.Bool
 	reader   *reader
 	free     chan *writer
 	counters counters
+
+	mu     sync.Mutex      // guards routes against Close
+	routes *netlink.Handle // speaks to the namespace of the device, whoever calls; nil once closed
 }
 
 // Open creates the device, or takes over one that stands ready without an owner
@@ -154,6 +156,11 @@ func (d *Device) Name() string { return d.name }
 func (d *Device) Stats() Stats {
 	s := d.counters.snapshot()
 	s.USO = d.uso
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.routes == nil {
+		return s
+	}
 	if link, err := d.routes.LinkByIndex(d.index); err == nil && link.Attrs().Statistics != nil {
 		s.Drops[DropBacklog] = link.Attrs().Statistics.TxDropped
 	}
@@ -165,11 +172,14 @@ func (d *Device) Close() error {
 	if d.closed.Swap(true) {
 		return nil
 	}
+	d.mu.Lock()
 	if d.routes != nil {
 		d.routes.Close()
+		d.routes = nil
 	}
+	d.mu.Unlock()
 	if err := d.file.Close(); err != nil {
-		return fmt.Errorf("close tun %q: %w", strings.TrimSpace(d.name), err)
+		return fmt.Errorf("close tun %q: %w", d.name, err)
 	}
 	return nil
 }

@@ -21,11 +21,11 @@ const patience = 60 * time.Second
 
 // space is a network namespace without a name: it ends with the test.
 type space struct {
-	t  *testing.T
+	t  testing.TB
 	ns *os.File
 }
 
-func newSpace(t *testing.T) *space {
+func newSpace(t testing.TB) *space {
 	t.Helper()
 	s := &space{t: t}
 	var err error
