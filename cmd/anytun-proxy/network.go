@@ -40,10 +40,15 @@ type tunnel struct {
 	started bool                           // the first session came; used by onSession alone
 	current atomic.Pointer[client.Session] // nil before the first
 	input   atomic.Pointer[netstack.Stack] // for input, which must not wait
+
+	recovery
 }
 
 func newTunnel(serverKey session.PublicKey, log *slog.Logger) *tunnel {
-	return &tunnel{log: log, inner: session.NewInner(serverKey), made: make(chan struct{})}
+	return &tunnel{
+		log: log, inner: session.NewInner(serverKey), made: make(chan struct{}),
+		recovery: recovery{news: news{wake: make(chan struct{}, 1)}},
+	}
 }
 
 // receive takes opened packets from the client engine.
@@ -61,7 +66,8 @@ func (t *tunnel) onSession(s client.Session) {
 		t.started = true
 		t.mtu = s.MTU
 		t.stack, t.failed = netstack.New(netstack.Config{
-			MTU: s.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen, Output: t.output, Logger: cmd.Quieter(t.log),
+			MTU: s.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen, Output: t.output,
+			PortsUsedUp: t.portsUsedUp, Logger: cmd.Quieter(t.log),
 		})
 		if t.failed == nil {
 			t.failed = t.configure(s)
@@ -98,7 +104,7 @@ func (t *tunnel) configure(s client.Session) error {
 	if err := t.stack.SetAddresses(s.Addresses[:]); err != nil {
 		return fmt.Errorf("set inner addresses: %w", err)
 	}
-	if err := t.stack.SetPortRange(s.FirstPort, s.LastPort); err != nil {
+	if err := t.setPorts(); err != nil {
 		return fmt.Errorf("set ports: %w", err)
 	}
 	return nil
@@ -163,6 +169,11 @@ func (t *tunnel) Listen(ctx context.Context, peer netip.AddrPort) (net.Listener,
 	l, err := t.stack.ListenTCP(netip.AddrPortFrom(at, 0))
 	if err != nil {
 		return nil, err
+	}
+	if inner := proxy.AddrPortOf(l.Addr()); !inside {
+		if public := t.publicAddr(inner); public != inner {
+			return publicListener{Listener: l, addr: net.TCPAddrFromAddrPort(public)}, nil
+		}
 	}
 	return l, nil
 }

@@ -215,12 +215,13 @@ func (g *gateway) openTunnel(servers []netip.AddrPort, serverKey session.PublicK
 	engine, err := client.New(client.Config{
 		Conn: g.outer, Servers: servers, ServerKey: serverKey, Key: key,
 		KeepAlive: g.keepAlive, MTU: g.mtu,
-		Input: t.receive, OnSession: t.onSession, Logger: g.log,
+		Input: t.receive, OnSession: t.onSession,
+		OnSuspect: t.onSuspect, OnGap: t.onGap, OnPorts: t.onPorts, Logger: g.log,
 	})
 	if err != nil {
 		return err
 	}
-	t.output = engine.Output
+	t.output, t.more = engine.Output, engine.RequestPorts
 	g.tunnel, g.client = t, engine
 	return nil
 }
@@ -230,6 +231,7 @@ func (g *gateway) runTunnel(ctx context.Context) error {
 	var wg sync.WaitGroup
 	waitCtx, cancel := context.WithCancel(ctx)
 	wg.Go(func() { g.warnOfSilence(waitCtx) })
+	wg.Go(func() { g.tunnel.recoverLoop(waitCtx) })
 	err := g.client.Run(ctx)
 	cancel()
 	wg.Wait()

@@ -132,8 +132,18 @@ func TestEmbeddedServer(t *testing.T) {
 			t.Errorf("%s is %v, want %v", series, v, want)
 		}
 	}
-	if r := command.Run(t, nil, "status", "--admin", strings.TrimPrefix(admin, "http://")); r.Code != cmd.ExitDone || !strings.Contains(r.Out, "embedded") {
-		t.Errorf("status: exit code %d\n%s%s", r.Code, r.Out, r.Errors)
+	for _, series := range []string{ // how many depends on how busy this host is
+		"anytun_client_gaps_total", "anytun_client_gap_seconds", "anytun_client_gap_last_seconds",
+		"anytun_client_gap_longest_seconds", "anytun_client_suspect", "anytun_client_probes_total",
+		"anytun_client_server_number", "anytun_client_leased_port_blocks", "anytun_client_ports_used_up_total",
+	} {
+		sample(t, page, series)
+	}
+	r := command.Run(t, nil, "status", "--admin", strings.TrimPrefix(admin, "http://"))
+	for _, fact := range []string{"embedded", "public addresses", "1024-65535", "gaps"} {
+		if r.Code != cmd.ExitDone || !strings.Contains(r.Out, fact) {
+			t.Errorf("status without %q: exit code %d\n%s%s", fact, r.Code, r.Out, r.Errors)
+		}
 	}
 	p.Signal(syscall.SIGTERM)
 	if code := p.Wait(); code != cmd.ExitDone {
