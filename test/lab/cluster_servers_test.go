@@ -43,11 +43,13 @@ func (c *cluster3) serverArgs(t *testing.T, s *server3) []string {
 		program(t, "anytun-server"),
 		"--listen", netip.AddrPortFrom(c.services.v4, serverPort).String(),
 		"--listen", netip.AddrPortFrom(c.services.v6, serverPort).String(),
-		"--cluster-key", c.keys.key, "--clients", c.keys.clients, "--server-number", strconv.Itoa(s.number),
+		"--cluster-key", c.keys.key, "--clients", c.keys.clients, "--state-dir", s.dir,
+		"--server-number", strconv.Itoa(s.number),
 		"--egress", "tun", "--egress-address", c.egress.v4.String(), "--egress-address", c.egress.v6.String(),
 		"--dns", netip.AddrPortFrom(dst4, dnsPort).String(),
 		"--cluster-listen", fmt.Sprintf("%s:%d", c.addressOf(serverName(s.number), "core"), clusterPort),
 		"--bgp-as", strconv.Itoa(asServers), "--bgp-router-id", c.addressOf(serverName(s.number), "core"),
+		"--bfd-interval", "300ms", // patience for a busy machine
 		"--admin", fmt.Sprintf("127.0.0.1:%d", serverAdminPort),
 	}
 	for _, other := range c.servers {

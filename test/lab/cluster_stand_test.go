@@ -34,6 +34,7 @@ func TestStand(t *testing.T) {
 	s := &stand{
 		cluster3: newCluster3(t, cluster3Options{
 			StandIns:    os.Getenv(standEnv) == "network",
+			NoServers:   os.Getenv(standEnv) == "hosts",
 			SameAddress: os.Getenv(standEnv) == "same-address",
 		}),
 		signals: make(chan os.Signal, 1),
