@@ -21,26 +21,27 @@ const (
 // one direction only, and a mapping may have several connections.
 //
 //	    opening ---------------> established ---------------> closing
-//	SYN         any but SYN                    FIN both ways     |
-//	       ^    from the client                or RST            |
+//	SYN         any but SYN                    FIN both ways,    |
+//	       ^    from the client                the client's RST  |
 //	       +-----------------------------------------------------+
 //	                                SYN
 //
-// A RST can be forged; it is forgotten if the client goes on. A SYN beside an
-// established connection makes the mapping shared: it has several, and is never
-// closing.
+// The client's RST is forgotten if the client goes on, with another connection. A
+// SYN beside a connection that shows no end makes the mapping shared: it has
+// several, and is never closing. A RST from outside, which anybody can forge, only
+// makes the mapping give way where ports are short.
 //
 // A mapping learned from another server counts as established: it may be.
 type entry struct {
 	Mapping
 	// When, since Table.start: the last packet went out through it here, if local
 	// says that one did; it was last learned, if it was; it was last published or
-	// learned.
-	sent, learned, told time.Duration
-	local               bool
+	// learned; FIN or RST came or went.
+	sent, learned, told, ended time.Duration
+	local                      bool
 
-	established, shared   bool
-	finOut, finIn, closed bool // closed: by RST
+	established, shared          bool
+	finOut, finIn, rstOut, rstIn bool
 }
 
 // outward notes a packet from the client.
@@ -50,40 +51,52 @@ func (e *entry) outward(flags uint8, now time.Duration) {
 	if e.Protocol != packet.TCP {
 		return
 	}
-	const syn, fin, rst = packet.SYN, packet.FIN, packet.RST
 	switch {
-	case flags&rst != 0:
-		e.closed = true
-	case flags&syn != 0 && e.closing():
-		e.established, e.finOut, e.finIn, e.closed = false, false, false, false
-	case flags&syn != 0:
-		// Another connection from the same port, beside one that is open.
-		e.shared = e.shared || e.established && !first
-		// What was learned isn't known to be established once it begins here.
-		if first && !e.shared {
+	case flags&packet.RST != 0:
+		e.rstOut, e.ended = true, now
+	case flags&packet.SYN != 0:
+		switch {
+		case e.ending():
 			e.established = false
+			e.finOut, e.finIn, e.rstOut, e.rstIn = false, false, false, false
+		case first:
+			// What was learned isn't known to be established if it begins here.
+			e.established = false
+		case e.established:
+			e.shared = true
 		}
 	default:
 		// Only someone who was answered sends anything but SYN.
 		e.established = true
-		e.closed = false
-		e.finOut = e.finOut || flags&fin != 0
+		e.rstOut, e.rstIn = false, false
+		if flags&packet.FIN != 0 {
+			e.finOut, e.ended = true, now
+		}
 	}
 }
 
-// inward notes a packet to the client. It makes nothing live longer.
-func (e *entry) inward(flags uint8) {
-	if e.Protocol == packet.TCP {
+// inward notes a packet to the client.
+func (e *entry) inward(flags uint8, now time.Duration) {
+	if e.Protocol == packet.TCP && flags&(packet.FIN|packet.RST) != 0 {
 		e.finIn = e.finIn || flags&packet.FIN != 0
-		e.closed = e.closed || flags&packet.RST != 0
+		e.rstIn = e.rstIn || flags&packet.RST != 0
+		e.ended = now
 	}
 }
+
+// ending says whether a connection has shown any sign of its end.
+func (e *entry) ending() bool { return !e.shared && (e.finOut || e.finIn || e.rstOut || e.rstIn) }
 
 // closing says whether the connection is over, as far as one can see.
-func (e *entry) closing() bool { return !e.shared && (e.closed || e.finOut && e.finIn) }
+func (e *entry) closing() bool { return !e.shared && (e.rstOut || e.finOut && e.finIn) }
 
 // deadline is when the mapping ends if nothing goes out through it any more.
-func (e *entry) deadline() time.Duration { return e.used() + e.timeout() }
+func (e *entry) deadline() time.Duration {
+	if e.closing() {
+		return max(e.used(), e.ended) + tcpShort
+	}
+	return e.used() + e.timeout()
+}
 
 // used is when something went out through it last, as far as is known.
 func (e *entry) used() time.Duration { return max(e.sent, e.learned) }
@@ -106,7 +119,7 @@ func (e *entry) timeout() time.Duration {
 // lately, or that has seen an end.
 func (e *entry) firm(now time.Duration) bool {
 	if e.Protocol == packet.TCP && now >= e.used()+tcpShort {
-		return e.local && now < e.deadline() && (e.shared || !e.finOut && !e.finIn && !e.closed)
+		return e.local && now < e.deadline() && !e.ending()
 	}
 	return now < e.deadline()
 }

@@ -113,7 +113,7 @@ type Table struct {
 
 	drops                                       [NumDrops]atomic.Uint64
 	created, learned, replaced, kept, reclaimed atomic.Uint64
-	expired, published, unknown                 atomic.Uint64
+	refused, expired, published, unknown        atomic.Uint64
 }
 
 const numShards = 64
@@ -144,8 +144,9 @@ type Stats struct {
 	Mappings int
 	// Created here; Learned from other servers; Replaced by an older one of
 	// another server; Kept against a younger one; Reclaimed because a block was
-	// full and nobody seemed to use them; Expired.
-	Created, Learned, Replaced, Kept, Reclaimed, Expired uint64
+	// full and nobody seemed to use them; Refused, because there was no room for
+	// another server's; Expired.
+	Created, Learned, Replaced, Kept, Reclaimed, Refused, Expired uint64
 	// Published counts calls of Config.Publish.
 	Published uint64
 	// Unknown counts packets from outside to a port without a mapping.
@@ -230,7 +231,7 @@ func (t *Table) Inward(client uint32, proto packet.Protocol, public uint16, flag
 		s := t.shard(client)
 		s.mu.Lock()
 		if e := s.public[keyOf(client, proto, public)]; e != nil && now < e.deadline() {
-			e.inward(flags)
+			e.inward(flags, now)
 			inner, ok = e.Inner, true
 		}
 		s.mu.Unlock()
@@ -275,7 +276,7 @@ func (t *Table) Stats() Stats {
 	s := Stats{
 		Mappings: int(t.size.Load()),
 		Created:  t.created.Load(), Learned: t.learned.Load(), Replaced: t.replaced.Load(), Kept: t.kept.Load(),
-		Reclaimed: t.reclaimed.Load(), Expired: t.expired.Load(),
+		Reclaimed: t.reclaimed.Load(), Refused: t.refused.Load(), Expired: t.expired.Load(),
 		Published: t.published.Load(), Unknown: t.unknown.Load(),
 	}
 	for i := range s.Drops {

@@ -121,12 +121,8 @@ func (t *Table) learnLocked(s *shard, m Mapping, now time.Duration) (again [2]*e
 			t.replaced.Add(1)
 		}
 	}
-	if s.count[m.Client] >= t.cfg.MaxPerClient {
-		t.drops[ClientFull].Add(1)
-		return again
-	}
-	if t.size.Load() >= int64(t.cfg.Max) {
-		t.drops[TableFull].Add(1)
+	if s.count[m.Client] >= t.cfg.MaxPerClient || t.size.Load() >= int64(t.cfg.Max) {
+		t.refused.Add(1)
 		return again
 	}
 	t.insertLocked(s, &entry{Mapping: m, learned: now, told: now, established: true})

@@ -497,6 +497,12 @@ func FuzzFragments(f *testing.F) {
 	for kind := range kinds {
 		f.Add(bigPacket(rng, kind, 3000), uint16(1280), uint64(kind))
 	}
+	// As many extensions as there may be, and a fragment header besides.
+	chain, next := udpDatagram(true, string(make([]byte, 2000))), UDP
+	for range maxExtensions {
+		chain, next = extension(next, 0, chain), DestOptions
+	}
+	f.Add(ip6(next, chain), uint16(1280), uint64(1))
 	f.Fuzz(func(t *testing.T, data []byte, mtu uint16, seed uint64) {
 		r := NewReassembler(ReassemblyLimits{Bytes: 1 << 17, Datagrams: 4})
 		var v View

@@ -241,10 +241,14 @@ func (v *View) parseIPv6(b []byte) Reason {
 	v.Protocol = Protocol(b[6])
 	v.next = 6
 	v.transport = ipv6HeaderLen
-	for range maxExtensions {
+	for n := 0; n < maxExtensions; {
+		was := v.Fragmented
 		more, r := v.skipExtension()
 		if r != OK || !more {
 			return r
+		}
+		if v.Fragmented == was { // a fragment of a good packet is one, too
+			n++
 		}
 	}
 	if more, _ := v.skipExtension(); more {
