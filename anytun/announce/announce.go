@@ -323,6 +323,8 @@ func (a *Announcer) run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(a.cfg.Interval)
 	defer tick.Stop()
+	turns := time.NewTicker(turnInterval)
+	defer turns.Stop()
 	check()
 	for drain := a.drain; ctx.Err() == nil; {
 		a.apply(&h)
@@ -336,6 +338,7 @@ func (a *Announcer) run(ctx context.Context) error {
 			a.setDraining()
 		case <-tick.C:
 			check()
+		case <-turns.C: // apply gives the engine its turn
 		}
 	}
 
@@ -354,6 +357,9 @@ func (a *Announcer) run(ctx context.Context) error {
 	}
 	return err
 }
+
+// turnInterval is how often the engine looks after its sessions.
+const turnInterval = 500 * time.Millisecond
 
 var errHung = errors.New("check hangs")
 

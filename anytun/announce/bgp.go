@@ -49,6 +49,7 @@ type engine struct {
 type link struct {
 	added bool
 	up    bool      // was established when last looked at
+	bfd   bool      // BFD is on
 	lost  time.Time // guarded by engine.mu, as why
 	why   string    // why it isn't added
 }
@@ -81,7 +82,7 @@ func (e *engine) turn() {
 		e.setWhy(i, err)
 	}
 	e.tell()
-	e.renew()
+	e.follow()
 }
 
 func (e *engine) setTrouble(err error) {
@@ -201,7 +202,7 @@ func (e *engine) add(i int) error {
 			return err
 		}
 	}
-	return e.addPeer(p)
+	return e.addPeer(i)
 }
 
 func (e *engine) nextHop(p *Peer) (netip.Addr, error) {
@@ -251,7 +252,8 @@ func (e *engine) setNextHop(p *Peer, hop netip.Addr) error {
 	return nil
 }
 
-func (e *engine) addPeer(p *Peer) error {
+// peer is what the speaker is told of a peer.
+func (e *engine) peer(p *Peer, bfd bool) *api.Peer {
 	peer := &api.Peer{
 		Conf: &api.PeerConf{NeighborAddress: p.Addr.String(), PeerAsn: p.AS, AuthPassword: p.Password},
 		Timers: &api.Timers{Config: &api.TimersConfig{
@@ -274,25 +276,45 @@ func (e *engine) addPeer(p *Peer) error {
 	if p.Multihop > 0 {
 		peer.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: uint32(p.Multihop)}
 	}
-	if p.BFD {
+	if bfd {
 		interval := uint32(e.cfg.BFDInterval / time.Microsecond)
 		peer.Bfd = &api.BfdPeerConfig{
 			Enabled: true, DesiredMinimumTxInterval: interval, RequiredMinimumReceive: interval,
 			DetectionMultiplier: uint32(e.cfg.BFDMultiplier),
 		}
 	}
-	if err := e.srv.AddPeer(context.Background(), &api.AddPeerRequest{Peer: peer}); err != nil {
+	return peer
+}
+
+// addPeer begins a session, for now without BFD.
+func (e *engine) addPeer(i int) error {
+	err := e.srv.AddPeer(context.Background(), &api.AddPeerRequest{Peer: e.peer(&e.cfg.Peers[i], false)})
+	if err != nil {
 		return fmt.Errorf("add peer: %w", err)
 	}
-	e.settle(p, true)
+	e.links[i].up, e.links[i].bfd = false, false
 	return nil
 }
 
-func (e *engine) deletePeer(p *Peer) error {
-	if err := e.srv.DeletePeer(context.Background(), &api.DeletePeerRequest{Address: p.Addr.String()}); err != nil {
-		return fmt.Errorf("delete peer %s: %w", p, err)
+// startBFD adds BFD to an established session.
+func (e *engine) startBFD(i int) error {
+	_, err := e.srv.UpdatePeer(context.Background(), &api.UpdatePeerRequest{Peer: e.peer(&e.cfg.Peers[i], true)})
+	if err != nil {
+		return fmt.Errorf("start bfd: %w", err)
 	}
-	e.settle(p, false)
+	e.links[i].bfd = true
+	e.settle(i, true)
+	return nil
+}
+
+func (e *engine) deletePeer(i int) error {
+	addr := e.cfg.Peers[i].Addr.String()
+	if err := e.srv.DeletePeer(context.Background(), &api.DeletePeerRequest{Address: addr}); err != nil {
+		return fmt.Errorf("delete peer: %w", err)
+	}
+	if e.links[i].bfd {
+		e.settle(i, false)
+	}
 	return nil
 }
 
@@ -301,10 +323,8 @@ func (e *engine) deletePeer(p *Peer) error {
 // blocks on while it is full; BFD empties it only after the deleted peer's
 // goroutine has ended, and that may be waiting for the main loop. With one piece
 // of news at a time they never wait for each other.
-func (e *engine) settle(p *Peer, there bool) {
-	if !p.BFD {
-		return
-	}
+func (e *engine) settle(i int, there bool) {
+	p := &e.cfg.Peers[i]
 	for end := time.Now().Add(stopWait); time.Now().Before(end); pause() {
 		seen := false
 		e.srv.ListBfdPeer(context.Background(), func(addr string, _ *api.BfdPeerState) {
@@ -372,29 +392,35 @@ func pathTo(p netip.Prefix) (*apiutil.Path, error) {
 	}, err
 }
 
-// renew makes sessions anew that were lost. Left to itself the engine waits for
-// 5 s before it connects again, and if BFD notices a peer's end later than BGP
-// does, the reset that this asks for hits the next session, a second after it
-// has come up.
-func (e *engine) renew() {
+// follow looks whether sessions have come or gone since it looked last.
+//
+// BFD runs only beside an established session, and a lost session is made anew
+// as a whole. The engine on its own waits for 5 s before it connects again, and
+// when BFD goes down without a session it keeps the reset that this asks for
+// and ends the next session with it, as soon as that is up. The router then
+// ends its BFD too, so that it goes round for ever. That BFD is no condition
+// for a session is as RFC 5882, section 10.1, has it.
+func (e *engine) follow() {
 	for i, p := range e.list() {
 		l := &e.links[i]
 		if p == nil || !l.added {
 			continue
 		}
 		up := p.GetState().GetSessionState() == api.PeerState_SESSION_STATE_ESTABLISHED
-		if l.up && !up {
+		switch {
+		case l.up && !up:
 			e.mu.Lock()
 			l.lost = time.Now()
 			e.mu.Unlock()
 			delete(e.sent, i)
-			if err := e.deletePeer(&e.cfg.Peers[i]); err != nil {
-				e.log.Warn("bgp session can't be renewed", "err", err)
-				continue
+			err := e.deletePeer(i)
+			if err == nil {
+				err = e.addPeer(i)
+				l.added = err == nil
 			}
-			err := e.addPeer(&e.cfg.Peers[i])
-			l.added = err == nil
 			e.setWhy(i, err)
+		case up && e.cfg.Peers[i].BFD && !l.bfd:
+			e.setWhy(i, e.startBFD(i))
 		}
 		l.up = up
 	}
@@ -516,8 +542,8 @@ func (e *engine) stop() error {
 func (e *engine) shut(srv *server.BgpServer, done chan<- error) {
 	for i := range e.links {
 		if e.links[i].added {
-			if err := e.deletePeer(&e.cfg.Peers[i]); err != nil {
-				e.log.Debug("bgp peer not taken down by itself", "err", err) // Stop does
+			if err := e.deletePeer(i); err != nil {
+				e.log.Debug("bgp peer is left to the end", "peer", e.cfg.Peers[i], "err", err) // Stop deletes it
 			}
 		}
 	}

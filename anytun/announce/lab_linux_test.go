@@ -72,6 +72,9 @@ type lab struct {
 	dir  string
 	core string // namespace
 
+	config string // BIRD's
+	router *exec.Cmd
+
 	mu     sync.Mutex
 	events []event // of the core's routing table, oldest first
 }
@@ -89,8 +92,12 @@ func newLab(t *testing.T, n int, extra string) *lab {
 	if os.Getuid() != 0 {
 		t.Skip("network namespaces need root")
 	}
-	if _, err := exec.LookPath("bird"); err != nil {
-		t.Skip("needs BIRD 2: ", err)
+	for _, p := range []string{"bird", "ip"} {
+		if _, err := exec.LookPath(p); err != nil && os.Getenv("ANYTUN_REQUIRE") == "1" {
+			t.Fatalf("not installed: %v (test/deps/install.sh installs it)", err)
+		} else if err != nil {
+			t.Skip("needs BIRD 2 and iproute2: ", err)
+		}
 	}
 	l := &lab{t: t, dir: t.TempDir()}
 	l.core = l.namespace("core")
@@ -107,7 +114,7 @@ func newLab(t *testing.T, n int, extra string) *lab {
 		fmt.Fprintf(&peers, "protocol bgp s%dv6 from server { neighbor fd09:%d::2 as 65001; }\n", i, i)
 	}
 	l.watch()
-	l.bird(fmt.Sprintf(`
+	l.config = fmt.Sprintf(`
 log "%[1]s/bird.log" all;
 router id 10.9.0.1;
 protocol device {}
@@ -121,7 +128,8 @@ template bgp server {
 	ipv6 { import all; export none; };
 	%[2]s
 }
-%[3]s`, l.dir, extra, peers.String()))
+%[3]s`, l.dir, extra, peers.String())
+	l.bird()
 	return l
 }
 
@@ -174,15 +182,16 @@ func (l *lab) watchLoop(out io.Reader) {
 	}
 }
 
-func (l *lab) bird(config string) {
+func (l *lab) bird() {
 	l.t.Helper()
 	file := filepath.Join(l.dir, "bird.conf")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(l.config), 0o600); err != nil {
 		l.t.Fatal(err)
 	}
 	var out bytes.Buffer
 	cmd := exec.Command("ip", "netns", "exec", l.core, "bird", "-f", "-c", file, "-s", l.dir+"/bird.ctl", "-P", l.dir+"/bird.pid")
 	cmd.Stdout, cmd.Stderr = &out, &out
+	l.router = cmd
 	l.spawn(cmd)
 	l.t.Cleanup(func() {
 		if l.t.Failed() {
@@ -232,23 +241,31 @@ func (l *lab) await(prefix string, n int) []string {
 	return routes
 }
 
+// deletions are those of the core's routes to a prefix after begin.
+func (l *lab) deletions(prefix string, begin time.Time) []event {
+	// "ip" writes a host route without its length.
+	if p := netip.MustParsePrefix(prefix); p.IsSingleIP() {
+		prefix = p.Addr().String()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var found []event
+	for _, e := range l.events {
+		if e.at.After(begin) && strings.HasPrefix(e.text, "Deleted "+prefix+" ") {
+			found = append(found, e)
+		}
+	}
+	return found
+}
+
 // deleted is when, after begin, the core's route to a prefix was deleted.
 func (l *lab) deleted(prefix string, begin time.Time) time.Duration {
 	l.t.Helper()
-	// "ip" writes a host route without its length.
-	p := netip.MustParsePrefix(prefix)
-	if p.IsSingleIP() {
-		prefix = p.Addr().String()
-	}
 	var at time.Duration
 	until(l.t, func() string {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		for _, e := range l.events {
-			if e.at.After(begin) && strings.HasPrefix(e.text, "Deleted "+prefix+" ") {
-				at = e.at.Sub(begin)
-				return ""
-			}
+		if d := l.deletions(prefix, begin); len(d) > 0 {
+			at = d[0].at.Sub(begin)
+			return ""
 		}
 		return fmt.Sprintf("route to %s was not deleted", prefix)
 	})
@@ -266,6 +283,9 @@ func until(t *testing.T, what func() string) {
 	}
 	t.Fatal(why)
 }
+
+// server is the namespace of server i.
+func (l *lab) server(i int) string { return fmt.Sprintf("%s%d-s%d", nsPrefix, os.Getpid(), i) }
 
 // speaker is a helper that announces from one of the lab's servers.
 type speaker struct {
@@ -293,7 +313,7 @@ func (l *lab) speaker(i int, c helperConfig) *speaker {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	s.cmd = exec.Command("ip", "netns", "exec", nsPrefix+strconv.Itoa(os.Getpid())+fmt.Sprintf("-s%d", i), self)
+	s.cmd = exec.Command("ip", "netns", "exec", l.server(i), self)
 	s.cmd.Env = append(os.Environ(), helperEnv+"="+string(config))
 	s.cmd.Stderr = os.Stderr
 	if s.in, err = s.cmd.StdinPipe(); err != nil {
@@ -349,4 +369,38 @@ func (s *speaker) signal(sig syscall.Signal) time.Time {
 		s.t.Fatal(err)
 	}
 	return time.Now()
+}
+
+func (s *speaker) awaitBFD(want string) {
+	s.t.Helper()
+	until(s.t, func() string {
+		if got := s.status().Peers[0].BFD; got != want {
+			return fmt.Sprintf("bfd is %q, want %q", got, want)
+		}
+		return ""
+	})
+}
+
+// listening are the TCP ports that anything in the helper's namespace listens on.
+func (s *speaker) listening() []string {
+	s.t.Helper()
+	var ports []string
+	for _, file := range []string{"tcp", "tcp6"} {
+		table, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", s.cmd.Process.Pid, file))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for line := range strings.Lines(string(table)) {
+			f := strings.Fields(line) // number, local, remote, state
+			if len(f) < 4 || f[3] != "0A" {
+				continue
+			}
+			port, err := strconv.ParseUint(f[1][strings.LastIndexByte(f[1], ':')+1:], 16, 16)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			ports = append(ports, strconv.FormatUint(port, 10))
+		}
+	}
+	return ports
 }
