@@ -105,12 +105,34 @@ func ServerMetrics(srv *server.Server) func(*Emit) {
 		e.Counter("anytun_server_handshakes_total", "Handshakes answered.", s.Handshakes)
 		e.Counter("anytun_server_cookies_total", "Handshakes answered with a cookie, under load.", s.Cookies)
 		e.Counter("anytun_server_derived_total", "Sessions derived from one of their packets.", s.Derived)
+		e.Counter("anytun_server_learned_total", "Whereabouts of clients that another server told.", s.Learned)
 		e.Counter("anytun_server_roamed_total", "Times that a client's outer endpoint changed.", s.Roamed)
 		e.Gauge("anytun_server_sessions", "Sessions in the cache.", float64(s.Sessions))
 		e.Gauge("anytun_server_clients_online", "Clients that were heard lately.", float64(s.Clients))
 		e.Drops("anytun_server_dropped_total", "Packets the server dropped.", s.Drops)
 		emitEgress(e, srv.Egress())
+		if t, ok := srv.Tun(); ok {
+			emitTun(e, t)
+		}
 	}
+}
+
+// emitTun emits the counters of egress by a TUN device.
+func emitTun(e *Emit, s server.TunStats) {
+	e.Counter("anytun_open_packets_total", "Packets of clients to the world (out) and back (in).", s.PacketsOut, "direction", "out")
+	e.Counter("anytun_open_packets_total", "Packets of clients to the world (out) and back (in).", s.PacketsIn, "direction", "in")
+	e.Counter("anytun_open_bytes_total", "Bytes of those packets.", s.BytesOut, "direction", "out")
+	e.Counter("anytun_open_bytes_total", "Bytes of those packets.", s.BytesIn, "direction", "in")
+	e.Counter("anytun_open_icmp_errors_total", "ICMP errors translated.", s.ErrorsOut, "direction", "out")
+	e.Counter("anytun_open_icmp_errors_total", "ICMP errors translated.", s.ErrorsIn, "direction", "in")
+	e.Counter("anytun_open_hairpinned_total", "Packets between clients' public ports.", s.Hairpinned)
+	e.Counter("anytun_open_pings_answered_total", "Pings to egress addresses answered.", s.Echoes)
+	e.Counter("anytun_open_reassembled_total", "Datagrams put together from fragments.", s.Reassembled)
+	e.Gauge("anytun_nat_mappings", "Mappings of clients that may use any port.", float64(s.NAT.Mappings))
+	e.Counter("anytun_nat_created_total", "Mappings made here.", s.NAT.Created)
+	e.Counter("anytun_nat_learned_total", "Mappings that another server told.", s.NAT.Learned)
+	e.Counter("anytun_nat_expired_total", "Mappings that ended unused.", s.NAT.Expired)
+	e.Drops("anytun_open_dropped_total", "Packets the tun egress dropped.", s.Drops)
 }
 
 func emitEgress(e *Emit, s server.EgressStats) {

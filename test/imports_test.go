@@ -25,8 +25,15 @@ var mayImport = map[string][]string{
 	"anytun/portblock": {},
 	"anytun/udp":       {},
 	"anytun/session":   {"anytun/wire"},
+	"anytun/nat":       {"anytun/packet"},
+	"anytun/tun":       {},
+	"anytun/registry":  {},
+	"anytun/announce":  {},
 	"anytun/client":    {"anytun/wire", "anytun/session", "anytun/udp"},
-	"anytun/server":    {"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/udp", "netstack"},
+	"anytun/server": {
+		"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/nat", "anytun/registry",
+		"anytun/udp", "netstack",
+	},
 	"netstack":         {},
 	"proxy":            {},
 	"proxy/socks5":     {"proxy"},
@@ -40,7 +47,10 @@ var mayImport = map[string][]string{
 		"anytun/wire", "anytun/session", "anytun/client", "anytun/udp",
 		"anytun/server", // the server embedded where none is named
 	},
-	"cmd/anytun-server": {"cmd", "anytun/session", "anytun/server", "anytun/udp"},
+	"cmd/anytun-server": {
+		"cmd", "anytun/wire", "anytun/session", "anytun/server", "anytun/udp", "anytun/portblock", "anytun/tun",
+		"anytun/registry", "anytun/registry/nats", "anytun/announce", // the cluster is a server's alone
+	},
 	"test/simnet":       {"anytun/udp"},
 	"test/e2e":          {}, // test files only, here and below: they may import anything
 	"test/gateway":      {},

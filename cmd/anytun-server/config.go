@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/anytun-go/anytun/anytun/announce"
+	"github.com/anytun-go/anytun/anytun/portblock"
 	"github.com/anytun-go/anytun/anytun/server"
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/cmd"
@@ -45,6 +47,10 @@ type config struct {
 	allowLocal   bool
 	drainTime    time.Duration
 	admin        string
+
+	egress   egressConfig
+	registry registryConfig
+	announce *announce.Config // nil: nothing is announced
 }
 
 // parseConfig checks every value and reads the files; it opens no socket and
@@ -77,15 +83,9 @@ func parseConfig(s *cmd.Settings, now time.Time) (*config, error) {
 		}
 		c.dns = append(c.dns, address)
 	}
-	switch egress := s.String("egress"); egress {
-	case "sockets":
-	case "tun":
-		return nil, cmd.Usage("leave --egress out, or give --egress sockets", "--egress tun is not in this version")
-	default:
-		return nil, cmd.Usage("give --egress sockets", "--egress: %q is not a kind of egress", egress)
-	}
 	if err := errors.Join(
-		s.CheckRange("server-number", 1, maxServer),
+		s.CheckRange("server-number", 0, maxServer),
+		s.CheckRange("ports-per-client", 1, portblock.MaxPorts),
 		s.CheckRange("mtu", minMTU, maxMTU),
 		s.CheckRange("max-flows", 1, maxFlowLimit),
 		s.CheckRange("max-flows-per-client", 1, maxFlowLimit),
@@ -104,6 +104,15 @@ func parseConfig(s *cmd.Settings, now time.Time) (*config, error) {
 			"--max-flows-per-client (%d) is larger than --max-flows (%d)", c.maxPerClient, c.maxFlows)
 	}
 	if err := c.readFiles(s, now); err != nil {
+		return nil, err
+	}
+	if err := c.parseEgress(s); err != nil {
+		return nil, err
+	}
+	if err := c.parseRegistry(s); err != nil {
+		return nil, err
+	}
+	if err := c.parseAnnounce(s); err != nil {
 		return nil, err
 	}
 	return c, nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -35,6 +36,20 @@ func write(t *testing.T, path, text string, mode os.FileMode) string {
 	return path
 }
 
+// testClients are the lines of n clients.
+func testClients(t *testing.T, n int) string {
+	t.Helper()
+	var b strings.Builder
+	for i := range n {
+		key, err := session.NewPrivateKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&b, "%s laptop%d %d\n", key.Public(), i+1, i+1)
+	}
+	return b.String()
+}
+
 func TestWrongUsage(t *testing.T) {
 	good := files(t)
 	key := filepath.Join(good, "cluster.key")
@@ -43,6 +58,7 @@ func TestWrongUsage(t *testing.T) {
 	open := write(t, filepath.Join(bad, "open.key"), "x", 0o644)
 	other := write(t, filepath.Join(bad, "other.key"), "AAAA\n", 0o600)
 	broken := write(t, filepath.Join(bad, "broken.txt"), "# clients\nlaptop 1\n", 0o600)
+	many := write(t, filepath.Join(bad, "many.txt"), testClients(t, 2), 0o600)
 	config := write(t, filepath.Join(bad, "config.toml"), "state-dri = \"x\"\n", 0o600)
 
 	serve := func(args ...string) []string { return append([]string{"--state-dir", good}, args...) }
@@ -65,9 +81,31 @@ func TestWrongUsage(t *testing.T) {
 		{"listen with a name", serve("--listen", "localhost:4444"), `"localhost:4444" is not the address`, "0.0.0.0:4444"},
 		{"listen twice", serve("--listen", "127.0.0.1:1", "--listen", "127.0.0.1:1"), "stands there twice", "once"},
 		{"resolver", serve("--dns", "dns.example.net"), `--dns: "dns.example.net"`, "192.0.2.53"},
-		{"egress tun", serve("--egress", "tun"), "--egress tun is not in this version", "--egress sockets"},
 		{"egress unknown", serve("--egress", "none"), `--egress: "none" is not a kind`, "--egress sockets"},
-		{"server number 0", serve("--server-number", "0"), "--server-number: 0 is out of range", "from 1 to 65535"},
+		{"egress address without tun", serve("--egress-address", "198.51.100.1"), "--egress-address is for --egress tun", "--egress tun"},
+		{"tun without address", serve("--egress", "tun"), "--egress-address is missing", "--egress-address 198.51.100.1"},
+		{"tun with a long name", serve("--egress", "tun", "--tun", "anytun-0123456789"), "can't be the name of a device", "at most 15"},
+		{"egress address that is none", serve("--egress", "tun", "--egress-address", "here"), `"here" is not an egress address`, "such as 198.51.100.1"},
+		{"egress prefix of IPv4", serve("--egress", "tun", "--egress-address", "198.51.100.0/24"), `"198.51.100.0/24" is not`, "single IPv4 addresses"},
+		{"egress prefix too small", serve("--egress", "tun", "--egress-address", "2001:db8::/112"), `"2001:db8::/112" is not`, "2001:db8:1::/64"},
+		{"egress address twice", serve("--egress", "tun", "--egress-address", "198.51.100.1", "--egress-address", "198.51.100.1/32"), "stands there twice", "each address once"},
+		{"egress addresses too few", serve("--egress", "tun", "--egress-address", "198.51.100.1", "--ports-per-client", "64512", "--clients", many), "laptop2 has the number 2, but the egress addresses have port blocks for 1 client", "more --egress-address"},
+		{"no ports", serve("--ports-per-client", "0"), "--ports-per-client: 0 is out of range", "from 1 to 64512"},
+		{"server number below 0", serve("--server-number", "-1"), "--server-number: -1 is out of range", "from 0 to 65535"},
+		{"registry unknown", serve("--registry", "redis://host"), `"redis://host" is neither memory`, "nats://192.0.2.10:4222"},
+		{"registry twice", serve("--registry", "nats://host", "--cluster-listen", "127.0.0.1:6222"), "are both there", "one of the two"},
+		{"cluster without a port", serve("--cluster-listen", "127.0.0.1"), `"127.0.0.1" is not an address with a port`, "192.0.2.11:6222"},
+		{"join alone", serve("--cluster-join", "127.0.0.1:6222"), "--cluster-join needs --cluster-listen", "add --cluster-listen"},
+		{"join nobody", serve("--cluster-listen", "127.0.0.1:6222", "--cluster-join", "host"), "--cluster-join host: the port is missing", "192.0.2.12:6222"},
+		{"announce to nobody", serve("--announce", "198.51.100.1/32"), "nobody to announce to", "--bgp-peer"},
+		{"announce what", serve("--announce-hook", "true"), "--announce is missing", "--announce 198.51.100.1/32"},
+		{"announce nonsense", serve("--announce-hook", "true", "--announce", "x"), `"x" is not a prefix`, "198.51.100.1/32"},
+		{"peer without AS", serve("--bgp-as", "64512", "--bgp-peer", "192.0.2.1"), `"192.0.2.1" is not a peer`, "192.0.2.1@64512"},
+		{"peer with nonsense", serve("--bgp-as", "64512", "--bgp-peer", "192.0.2.1@1,fast"), "is not a peer", "192.0.2.1@64512"},
+		{"no AS", serve("--bgp-peer", "192.0.2.1@64512", "--announce", "198.51.100.1"), "--bgp-as: 0 is not an AS number", "--bgp-as 64512"},
+		{"router id", serve("--bgp-as", "1", "--bgp-peer", "192.0.2.1@64512", "--bgp-router-id", "::1"), `"::1" is not an IPv4 address`, "IPv4 address"},
+		{"hold time", serve("--announce-hook", "true", "--bgp-hold-time", "1s"), "--bgp-hold-time: 1s is out of range", "from 3s"},
+		{"BGP password that others can read", serve("--bgp-as", "1", "--bgp-peer", "192.0.2.1@1", "--bgp-password-file", open), "can be read by others", "chmod 600"},
 		{"mtu", serve("--mtu", "576"), "--mtu: 576 is out of range", "from 1280 to 9000"},
 		{"keep-alive", serve("--keep-alive", "1ms"), "--keep-alive: 1ms is out of range", "from 1s to 10m0s"},
 		{"flows", serve("--max-flows", "10", "--max-flows-per-client", "11"), "--max-flows-per-client (11) is larger than --max-flows (10)", "raise --max-flows"},

@@ -11,8 +11,12 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/anytun-go/anytun/anytun/announce"
+	"github.com/anytun-go/anytun/anytun/registry"
 	"github.com/anytun-go/anytun/anytun/server"
+	"github.com/anytun-go/anytun/anytun/tun"
 	"github.com/anytun-go/anytun/anytun/udp"
+	"github.com/anytun-go/anytun/anytun/wire"
 	"github.com/anytun-go/anytun/cmd"
 )
 
@@ -32,19 +36,25 @@ func serve(ctx context.Context, s *cmd.Settings) error {
 	if err != nil {
 		return err
 	}
-	g := &gateway{config: c, log: logger, directory: server.NewDirectory(c.clients)}
+	g := &gateway{config: c, log: logger, directory: server.NewDirectory(c.clients), drainRequest: make(chan struct{}, 1)}
 	if c.stale {
 		g.saveCluster()
 	}
-	if err := g.open(); err != nil {
+	defer g.close()
+	if err := g.open(ctx); err != nil {
 		return err
 	}
 	cmd.ShareCPUs()
 	tasks := []cmd.Task{{Name: "server", Run: g.server.Run}}
+	if g.numbers != nil {
+		tasks = append(tasks, cmd.Task{Name: "server number", Run: g.numbers.run})
+	}
+	if g.announcer != nil {
+		tasks = append(tasks, cmd.Task{Name: "announcer", Run: g.runAnnouncer})
+	}
 	if c.admin != "" {
 		l, err := cmd.ListenAdmin(c.admin, logger)
 		if err != nil {
-			g.close()
 			return err
 		}
 		admin := g.admin()
@@ -55,57 +65,129 @@ func serve(ctx context.Context, s *cmd.Settings) error {
 		logger.Info("listening", "address", conn.LocalAddr().String())
 	}
 	logger.Info("serving", "version", cmd.Version(), "clients", g.directory.Len(),
-		"server_number", c.number, "public_key", c.cluster.Public().String(), "egress", "sockets")
+		"server_number", g.number, "public_key", c.cluster.Public().String(), "egress", s.String("egress"))
 	return cmd.Supervision{
-		Tasks: tasks, Drain: g.drain, DrainTime: c.drainTime, Reload: g.reload, Logger: logger,
+		Tasks: tasks, Drain: g.drain, DrainTime: c.drainTime, DrainRequest: g.drainRequest, Reload: g.reload, Logger: logger,
 	}.Run(ctx, s.Process)
 }
 
 // gateway is a running server with what the engine leaves to the command: its
-// files and its sockets.
+// files, its sockets, the host's routes and what routers are told.
 type gateway struct {
 	*config
-	log       *slog.Logger
-	directory *server.Directory
-	conns     []udp.Conn
-	server    *server.Server
-	draining  atomic.Bool
+	log          *slog.Logger
+	directory    *server.Directory
+	conns        []udp.Conn
+	device       *tun.Device
+	hostDown     func() error // takes the host's routes away again
+	bus          registry.Registry
+	numbers      *numberHolder // nil if the number was given
+	server       *server.Server
+	announcer    *announce.Announcer
+	draining     atomic.Bool
+	drainRequest chan struct{}
 }
 
-// open opens the sockets and makes the engine. On an error nothing stays open.
-func (g *gateway) open() error {
+// open opens the sockets and makes the engine. What it has opened is for close,
+// also after an error.
+func (g *gateway) open(ctx context.Context) error {
 	for _, address := range g.listen {
 		conn, err := udp.Listen(address, udp.Options{})
 		if err != nil && g.fallback && noIPv6(err) {
 			conn, err = udp.Listen(netip.AddrPortFrom(netip.IPv4Unspecified(), address.Port()), udp.Options{})
 		}
 		if err != nil {
-			g.close()
 			return cmd.ListenError("--listen", address.String(), err)
 		}
 		g.conns = append(g.conns, conn)
 	}
-	engine, err := server.New(server.Config{
-		Conns: g.conns, Cluster: g.cluster, Clients: g.directory, Number: g.number,
+	var err error
+	if g.bus, err = g.openRegistry(g.log); err != nil {
+		return err
+	}
+	if g.number == 0 && g.registry.alone() {
+		g.number = 1
+	}
+	if g.number == 0 {
+		if g.numbers, err = leaseNumber(ctx, g.bus, g.log); err != nil {
+			return err
+		}
+		g.number = uint16(g.numbers.claim.Index)
+	}
+	settings := server.Config{
+		Conns: g.conns, Cluster: g.cluster, Clients: g.directory, Number: g.number, Registry: g.bus,
 		KeepAlive: g.keepAlive, MTU: g.mtu,
 		DNS: g.dns, AllowLocal: g.allowLocal, MaxFlows: g.maxFlows, MaxFlowsPerClient: g.maxPerClient,
 		Rotated: g.saveCluster, Logger: g.log,
-	})
-	if err != nil {
-		g.close()
+	}
+	if g.egress.tun {
+		if err := g.openTun(ctx); err != nil {
+			return err
+		}
+		settings.Device, settings.Plan = g.device, g.egress.plan
+	}
+	if g.server, err = server.New(settings); err != nil {
 		return err
 	}
-	g.server = engine
+	if g.announce != nil {
+		g.announce.Check, g.announce.Logger = g.server.Check, g.log
+		if g.announcer, err = announce.New(*g.announce); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// openTun makes the device and leads the egress addresses to it.
+func (g *gateway) openTun(ctx context.Context) (err error) {
+	host := tun.Host{Device: g.egress.device, Egress: g.egress.prefixes, Logger: g.log}
+	for _, conn := range g.conns {
+		host.Service = append(host.Service, conn.LocalAddr())
+	}
+	if err := host.Check(); err != nil {
+		return cmd.Failure("", "--egress tun: %w", err)
+	}
+	if g.device, err = tun.Open(tun.Config{
+		Name: g.egress.device, MTU: g.mtu, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
+	}); err != nil {
+		return cmd.Failure("run the server as root, or with CAP_NET_ADMIN and /dev/net/tun; or give another name with --tun",
+			"--egress tun: %w", err)
+	}
+	if g.hostDown, err = host.Up(ctx); err != nil {
+		return cmd.Failure("", "--egress tun: %w", err)
+	}
+	return nil
+}
+
+// runAnnouncer announces until ctx ends.
+func (g *gateway) runAnnouncer(ctx context.Context) error {
+	err := g.announcer.Run(ctx)
+	if err == nil {
+		err = ctx.Err()
+	}
+	return err
 }
 
 func noIPv6(err error) bool {
 	return errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)
 }
 
+// close gives back what open has opened. The engine has closed its own already
+// if it ran.
 func (g *gateway) close() {
 	for _, conn := range g.conns {
 		conn.Close()
+	}
+	if g.hostDown != nil {
+		if err := g.hostDown(); err != nil {
+			g.log.Warn("can't take the routes of the TUN device away", "error", err)
+		}
+	}
+	if g.device != nil {
+		g.device.Close()
+	}
+	if g.bus != nil {
+		g.bus.Close()
 	}
 }
 
@@ -131,11 +213,20 @@ func (g *gateway) reload() {
 	g.log.Info("read the clients file", "clients", g.directory.Len(), "gone", len(gone))
 }
 
-// drain refuses new flows and waits for the open TCP connections. UDP has no
-// end to wait for.
+// drain has the routes withdrawn and serves on for the drain time, so that
+// packets that are on their way, and routers that are slow, lose nothing. With
+// egress by sockets it refuses new flows and waits for the open TCP connections;
+// UDP has no end to wait for.
 func (g *gateway) drain(ctx context.Context) {
 	g.draining.Store(true)
 	g.server.Drain()
+	if g.announcer != nil {
+		g.announcer.Drain()
+		<-ctx.Done()
+	}
+	if g.numbers != nil {
+		g.numbers.release()
+	}
 	ticker := time.NewTicker(drainPoll)
 	defer ticker.Stop()
 	for g.server.Egress().FlowsTCP > 0 {
@@ -151,7 +242,13 @@ func (g *gateway) drain(ctx context.Context) {
 func (g *gateway) admin() *cmd.Admin {
 	return &cmd.Admin{
 		Program: "anytun-server", Ready: g.ready, Facts: g.facts, Logger: g.log,
-		Collectors: cmd.Collectors(cmd.ServerMetrics(g.server), cmd.SocketMetrics("server", g.conns...)),
+		Drain: func() {
+			select {
+			case g.drainRequest <- struct{}{}:
+			default: // it is asked already
+			}
+		},
+		Collectors: cmd.Collectors(cmd.ServerMetrics(g.server), cmd.SocketMetrics("server", g.conns...), g.emitCluster),
 	}
 }
 
@@ -172,10 +269,11 @@ func (g *gateway) facts() []cmd.Fact {
 	for _, conn := range g.conns {
 		facts = append(facts, cmd.Fact{Name: "listening", Value: net.UDPAddrFromAddrPort(conn.LocalAddr()).String()})
 	}
-	return append(facts,
+	facts = append(facts,
 		cmd.Fact{Name: "clients enrolled", Value: strconv.Itoa(g.directory.Len())},
 		cmd.Fact{Name: "clients online", Value: strconv.Itoa(st.Clients)},
 		cmd.Fact{Name: "sessions", Value: strconv.Itoa(st.Sessions)},
 		cmd.Fact{Name: "flows", Value: strconv.Itoa(egress.Flows)},
 	)
+	return append(facts, g.clusterFacts()...)
 }

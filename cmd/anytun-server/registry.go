@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/anytun-go/anytun/anytun/registry"
+	"github.com/anytun-go/anytun/anytun/registry/nats"
+	"github.com/anytun-go/anytun/cmd"
+)
+
+const registryMemory = "memory"
+
+// A server's number is leased for numberLease and renewed every numberRenew. A
+// server that was killed leaves its number for that long.
+const (
+	numberLease = 10 * time.Minute
+	numberRenew = 3 * time.Minute
+	// numberWait bounds the wait for a number at the start: a cluster that is
+	// started as a whole needs some seconds until it has a majority.
+	numberWait = 2 * time.Minute
+	numberTry  = 500 * time.Millisecond
+)
+
+// registryConfig is what the flags say about the registry.
+type registryConfig struct {
+	url    string // of a NATS server
+	listen string // of the server's own
+	join   []string
+	dir    string // of what that one keeps
+}
+
+// alone says that there are no other servers.
+func (c *registryConfig) alone() bool { return c.url == "" && c.listen == "" }
+
+func (c *config) parseRegistry(s *cmd.Settings) error {
+	r := &c.registry
+	r.listen, r.join = s.String("cluster-listen"), s.Strings("cluster-join")
+	switch where := s.String("registry"); {
+	case where == registryMemory:
+	case r.listen != "":
+		return cmd.Usage("give one of the two", "--registry %s and --cluster-listen are both there", where)
+	default:
+		u, err := url.Parse(where)
+		if err != nil || u.Scheme != "nats" && u.Scheme != "tls" || u.Host == "" {
+			return cmd.Usage("give memory, or a URL such as nats://192.0.2.10:4222", "--registry: %q is neither memory nor a NATS server's URL", where)
+		}
+		r.url = where
+	}
+	if r.listen == "" {
+		if len(r.join) > 0 {
+			return cmd.Usage("add --cluster-listen with the address at which the others reach this server", "--cluster-join needs --cluster-listen")
+		}
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(r.listen); err != nil || port == "" || port == "0" {
+		return cmd.Usage("give the address and port at which other servers reach this one, such as 192.0.2.11:6222",
+			"--cluster-listen: %q is not an address with a port", r.listen)
+	}
+	for _, text := range r.join {
+		if err := checkHostPort(text); err != nil {
+			return cmd.Usage("give the --cluster-listen address of another server, such as 192.0.2.12:6222", "--cluster-join %s: %w", text, err)
+		}
+	}
+	dir := s.String("state-dir")
+	if dir == "" {
+		dir = filepath.Dir(c.clusterFile)
+	}
+	r.dir = filepath.Join(dir, "registry")
+	return nil
+}
+
+// openRegistry makes this server's end of the registry.
+func (c *config) openRegistry(logger *slog.Logger) (registry.Registry, error) {
+	r := &c.registry
+	if r.alone() {
+		return registry.NewMemory(), nil
+	}
+	public := c.cluster.Public()
+	key := c.cluster.RegistryKey()
+	reg, err := nats.New(nats.Config{
+		URL: r.url, Listen: r.listen, Join: r.join, StoreDir: r.dir,
+		ClusterName: "anytun-" + hex.EncodeToString(public[:8]), ServerName: serverName(r.listen),
+		Secret: hex.EncodeToString(key[:]), Logger: logger,
+	})
+	if err != nil {
+		return nil, cmd.Failure("check --registry, --cluster-listen and --cluster-join", "registry: %w", err)
+	}
+	return reg, nil
+}
+
+// maxServerName is the longest name that the registry's engine takes.
+const maxServerName = 32
+
+// serverName names this server to the registry's engine, by the address at which
+// the others reach it. It stays the same when the server starts again.
+func serverName(listen string) string {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return ""
+	}
+	if a, err := netip.ParseAddr(host); host == "" || err == nil && a.IsUnspecified() {
+		host, _ = os.Hostname() // without one the port is the name
+	}
+	name := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' {
+			return r
+		}
+		return '-'
+	}, host) + "-" + port
+	if len(name) > maxServerName {
+		sum := sha256.Sum256([]byte(name))
+		name = hex.EncodeToString(sum[:maxServerName/2])
+	}
+	return name
+}
+
+// numberHolder keeps this server's number.
+type numberHolder struct {
+	registry registry.Registry
+	claim    registry.Claim
+	log      *slog.Logger
+}
+
+// leaseNumber gets a number that no other server of the cluster has. It waits
+// until the registry can say so.
+func leaseNumber(ctx context.Context, reg registry.Registry, logger *slog.Logger) (*numberHolder, error) {
+	ctx, cancel := context.WithTimeout(ctx, numberWait)
+	defer cancel()
+	var b [4]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return nil, fmt.Errorf("server number: %w", err)
+	}
+	h := &numberHolder{registry: reg, log: logger, claim: registry.Claim{
+		Kind: registry.ClaimServer, Index: 1, Owner: binary.BigEndian.Uint32(b[:]) | 1,
+	}}
+	told := false
+	for {
+		h.claim.Until = time.Now().Add(numberLease).Round(0)
+		_, err := reg.Claim(ctx, h.claim)
+		switch {
+		case err == nil:
+			logger.Info("leased a server number", "server_number", h.claim.Index)
+			return h, nil
+		case errors.Is(err, registry.ErrTaken):
+			if h.claim.Index++; h.claim.Index > maxServer {
+				return nil, cmd.Failure("wait until the leases of servers that are gone have ended, or give --server-number", "every server number is taken")
+			}
+			continue
+		case !told:
+			told = true
+			logger.Info("waiting for the registry, for a server number", "reason", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, cmd.Failure("check that the other servers run and --cluster-join names them, or give --server-number",
+				"the registry gives this server no number: %w", err)
+		case <-time.After(numberTry):
+		}
+	}
+}
+
+// run renews the lease until ctx ends, and gives the number back then.
+func (h *numberHolder) run(ctx context.Context) error {
+	t := time.NewTicker(numberRenew)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+		h.claim.Until = time.Now().Add(numberLease).Round(0)
+		_, err := h.registry.Claim(ctx, h.claim)
+		switch {
+		case errors.Is(err, registry.ErrTaken):
+			// Clients take packets of two senders of one number for replays.
+			return fmt.Errorf("server number %d is another server's now", h.claim.Index)
+		case err != nil && ctx.Err() == nil:
+			h.log.Warn("can't renew the lease of this server's number", "error", err)
+		}
+	}
+}
+
+// release gives the number back. It is called while the registry still runs.
+func (h *numberHolder) release() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := h.registry.Release(ctx, h.claim); err != nil {
+		h.log.Debug("can't give the server number back", "error", err)
+	}
+}
