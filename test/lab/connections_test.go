@@ -118,6 +118,8 @@ func runHelper(name string, args []string) error {
 		return runLoad(args[0])
 	case name == "sink" && len(args) == 1:
 		return runSink(args[0])
+	case name == "kernel":
+		return runKernel(args)
 	case clusterHelpers[name] != nil:
 		return clusterHelpers[name](args)
 	}

@@ -1,0 +1,387 @@
+//go:build linux
+
+package lab
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// failoverEnv is how many rounds to measure; tests make one, shorter than a
+// measurement's. failoverOutEnv names the file that a measurement's table goes
+// to. test/bench/failover sets both.
+const (
+	failoverEnv    = "ANYTUN_LAB_FAILOVER"
+	failoverOutEnv = "ANYTUN_LAB_FAILOVER_TABLE"
+)
+
+// A failoverScale is how much of everything.
+type failoverScale struct {
+	rounds      int // 0: tests
+	connections int
+	rate        int           // of a bulk stream, bytes a second
+	before      time.Duration // from the last opened connection to the fault
+	after       time.Duration // from the end of the fault to the end
+	flips       time.Duration // as long do routes change all the time
+	bulk        time.Duration // for a throughput
+}
+
+func scaleOf(t *testing.T) failoverScale {
+	t.Helper()
+	text := os.Getenv(failoverEnv)
+	if text == "" {
+		return failoverScale{
+			connections: 1000, rate: 10_000, before: time.Second, after: 3 * time.Second,
+			flips: 8 * time.Second, bulk: 2 * time.Second,
+		}
+	}
+	rounds, err := strconv.Atoi(text)
+	if err != nil || rounds < 1 {
+		t.Fatalf("%s is %q, not a number of rounds", failoverEnv, text)
+	}
+	return failoverScale{
+		rounds: rounds, connections: 1000, rate: 20_000, before: 4 * time.Second, after: 6 * time.Second,
+		flips: time.Minute, bulk: 6 * time.Second,
+	}
+}
+
+// A row is one case of the table, of one round.
+type row struct {
+	name      string
+	streams   int
+	broken    int
+	why       string
+	converged []time.Duration // of each change of routes that the case makes, where it can be seen
+	stalls    []time.Duration // sorted; beyond the convergence
+	flows     []flowReport
+	note      string
+}
+
+// A trial is one case at work: a load over the cluster.
+type trial struct {
+	*run
+	c       *cluster3
+	scale   failoverScale
+	row     row
+	streams int // how many there have to be at the end
+}
+
+// A failoverCase is a row of the table. do makes the fault and puts it right;
+// it returns when all that can be seen of it is over.
+type failoverCase struct {
+	name  string
+	title string
+	do    func(*trial, *testing.T)
+}
+
+var failoverCases = []failoverCase{
+	{"nothing", "nothing happens", (*trial).nothing},
+	{"kill", "`kill -9` of the server that serves the client", (*trial).kill},
+	{"flip", "routes flip every 500 ms", (*trial).flip},
+	{"spray", "every packet takes a random server", (*trial).spray},
+	{"rolling", "all servers restarted in turn, with drain", (*trial).rolling},
+	{"roam", "the client's address changes, three times", (*trial).roam},
+	{"stopped", "SIGSTOP of the server that serves the client", (*trial).stopped},
+	{"cut", "its cables carry nothing any more", (*trial).cutOff},
+}
+
+// TestFailover: whatever happens to servers and routes, no connection breaks and
+// every byte arrives. It is the table that test/bench/failover prints.
+func TestFailover(t *testing.T) {
+	scale := scaleOf(t)
+	c := newCluster3(t, cluster3Options{})
+	c.startKernel(t)
+	var rows []row
+	port := uint16(7100)
+	for range max(1, scale.rounds) {
+		for _, f := range failoverCases {
+			port++ // ports of the client that linger don't matter for another port of the sink
+			t.Run(f.name, func(t *testing.T) {
+				x := &trial{c: c, scale: scale, row: row{name: f.title}}
+				x.measure(t, at(dst4, port), f.do)
+				rows = append(rows, x.row)
+			})
+		}
+		port += 2
+		t.Run("throughput", func(t *testing.T) { rows = append(rows, sprayThroughput(t, c, scale, at(dst4, port-1))) })
+		t.Run("synchronisation", func(t *testing.T) { rows = append(rows, synchronisation(t, c, scale, at(dst4, port))) })
+	}
+	printTable(t, "anytun, three servers, kernel route and BGP", rows)
+}
+
+// measure runs a load over a case.
+func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *testing.T)) {
+	x.c.route(t, 0)
+	x.run = startRun(t, x.c.app, x.c.dst, loadConfig{
+		Proxy: proxyAddr, Sink: sink, UDP: true, Ping: dst4, Rate: x.scale.rate,
+	}.connections(x.scale.connections))
+	time.Sleep(x.scale.before)
+	before := x.c.counts(t)
+	x.mark()
+	do(x, t)
+	time.Sleep(x.scale.after)
+	during := x.report()
+	if err := x.more(10); err != nil {
+		t.Error(err)
+	}
+	x.streams += x.scale.connections + 10
+	after := x.end()
+	t.Logf("packets from clients + to the egress addresses: %s", sharesOf(before, x.c.counts(t)))
+
+	r := &x.row
+	r.streams, r.broken, r.why, r.flows = len(after.streams), len(after.broken()), after.why(), during.flows
+	var longest time.Duration
+	if len(r.converged) > 0 {
+		longest = slices.Max(r.converged)
+	}
+	for _, s := range during.stalls() {
+		r.stalls = append(r.stalls, max(0, s-longest))
+	}
+	t.Log(r)
+	for _, f := range r.flows {
+		t.Log(f)
+	}
+	if r.streams != x.streams {
+		t.Errorf("%d streams, want %d", r.streams, x.streams)
+	}
+	if r.broken > 0 {
+		t.Errorf("%d of %d connections broke: %s", r.broken, r.streams, r.why)
+	}
+	if got := after.from(); !slices.Equal(got, []string{egress4.String()}) {
+		t.Errorf("connections come from %v, want %v alone", got, egress4)
+	}
+	// Generous: what else this machine does costs time. The table has the figures.
+	if q := quantile(r.stalls, 0.5); q > 5*time.Second {
+		t.Errorf("half of the connections stalled for %v or longer", q)
+	}
+	if q := quantile(r.stalls, 0.99); q > 15*time.Second {
+		t.Errorf("one of a hundred stalled for %v or longer", q)
+	}
+	for _, f := range r.flows {
+		if f.Corrupt > 0 || f.Sent < 20 || f.LostRun > longest+5*time.Second {
+			t.Errorf("more than the packets on their way: %v", f)
+		}
+	}
+}
+
+// nothing is what to compare with: the stalls that the load itself makes.
+func (x *trial) nothing(*testing.T) { time.Sleep(x.scale.before) }
+
+// kill: the server's process is gone at once, its kernel is there to say so.
+func (x *trial) kill(t *testing.T) {
+	n := x.c.serving(t)
+	began := time.Now()
+	x.c.kill(t, n)
+	x.gone(t, n, began)
+	x.afterwards(t, func() { x.c.start(t, n); x.c.announced(t, n) })
+}
+
+// stopped: the server's process is there and does nothing.
+func (x *trial) stopped(t *testing.T) {
+	n := x.c.serving(t)
+	began := time.Now()
+	x.c.stop(t, n)
+	x.gone(t, n, began)
+	x.afterwards(t, func() { x.c.cont(t, n); x.c.announced(t, n) })
+}
+
+// cutOff: the server's host is dead and nobody says so.
+func (x *trial) cutOff(t *testing.T) {
+	n := x.c.serving(t)
+	began := time.Now()
+	x.c.cut(t, n)
+	x.gone(t, n, began)
+	x.afterwards(t, func() { x.c.heal(t, n); x.c.announced(t, n) })
+}
+
+// gone waits until no route leads to a server any more.
+func (x *trial) gone(t *testing.T, n int, since time.Time) {
+	x.row.converged = append(x.row.converged, x.c.withdrawn(t, n, since))
+}
+
+// afterwards puts right what was broken, a while later: coming back is part of
+// the case.
+func (x *trial) afterwards(_ *testing.T, right func()) {
+	time.Sleep(x.scale.after)
+	right()
+}
+
+func (x *trial) flip(t *testing.T) {
+	defer x.c.route(t, 0)
+	flips := 0
+	for end := time.Now().Add(x.scale.flips); time.Now().Before(end); flips++ {
+		x.c.route(t, flips%clusterServers+1)
+		time.Sleep(500 * time.Millisecond)
+	}
+	x.row.note = fmt.Sprintf("%d flips", flips)
+}
+
+func (x *trial) spray(t *testing.T) {
+	defer x.c.route(t, 0)
+	x.c.spray(t)
+	time.Sleep(x.scale.flips)
+}
+
+func (x *trial) rolling(t *testing.T) {
+	for _, s := range x.c.servers {
+		x.c.drain(t, s.number)
+		x.c.start(t, s.number)
+		x.c.announced(t, s.number)
+	}
+}
+
+func (x *trial) roam(t *testing.T) {
+	for _, uplink := range []string{"wan2", "mobile", "wan"} {
+		x.c.roam(t, uplink)
+		time.Sleep(x.scale.before)
+	}
+}
+
+// sprayThroughput compares streams as fast as they go, sprayed and not, in turns.
+func sprayThroughput(t *testing.T, c *cluster3, scale failoverScale, sink netip.AddrPort) row {
+	t.Helper()
+	defer c.route(t, 0)
+	r := startRun(t, c.app, c.dst, loadConfig{Proxy: proxyAddr, Sink: sink, Up: 4, Down: 4})
+	var moved [2][2]float64 // sprayed or not, up or down
+	turns := 3
+	for range turns {
+		for sprayed, set := range []func(){func() { c.route(t, 1) }, func() { c.spray(t) }} {
+			set()
+			time.Sleep(200 * time.Millisecond)
+			before, began := r.report(), time.Now()
+			time.Sleep(scale.bulk)
+			after, took := r.report(), time.Since(began).Seconds()
+			for i, kind := range []byte{kindUp, kindDown} {
+				moved[sprayed][i] += float64(after.bytes(kind)-before.bytes(kind)) / took / float64(turns)
+			}
+		}
+	}
+	c.route(t, 0)
+	end := r.end()
+	ratio := (moved[1][0] + moved[1][1]) / (moved[0][0] + moved[0][1])
+	out := row{
+		name: "4 streams each way as fast as they go, sprayed", streams: len(end.streams), broken: len(end.broken()), why: end.why(),
+		note: fmt.Sprintf("%.0f %% of the unsprayed throughput: %.1f MB/s up and %.1f down, unsprayed %.1f and %.1f", 100*ratio,
+			moved[1][0]/1e6, moved[1][1]/1e6, moved[0][0]/1e6, moved[0][1]/1e6),
+	}
+	t.Log(out)
+	if out.broken > 0 {
+		t.Errorf("%d of %d connections broke: %s", out.broken, out.streams, out.why)
+	}
+	if ratio < 0.25 { // the table says whether it is half
+		t.Errorf("sprayed throughput is only %.0f %% of the unsprayed", 100*ratio)
+	}
+	return out
+}
+
+func (r row) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: %d of %d broken", r.name, r.broken, r.streams)
+	if r.why != "" {
+		fmt.Fprintf(&b, " (%s)", r.why)
+	}
+	if len(r.converged) > 0 {
+		fmt.Fprintf(&b, ", routes converged in %v", r.converged)
+	}
+	if len(r.stalls) > 0 {
+		fmt.Fprintf(&b, ", stalls beyond that: median %v, p99 %v, longest %v",
+			quantile(r.stalls, 0.5), quantile(r.stalls, 0.99), quantile(r.stalls, 1))
+	}
+	if r.note != "" {
+		fmt.Fprintf(&b, ", %s", r.note)
+	}
+	return b.String()
+}
+
+func (f flowReport) String() string {
+	s := fmt.Sprintf("%s: %d of %d packets lost", f.Flow, f.Lost, f.Sent)
+	if f.Lost > 0 {
+		s += fmt.Sprintf(", at most %v in a row, within %v", f.LostRun.Round(time.Millisecond), f.LostSpan.Round(time.Millisecond))
+	}
+	if f.Doubled+f.Late+f.Corrupt > 0 {
+		s += fmt.Sprintf(", %d doubled, %d late, %d corrupt", f.Doubled, f.Late, f.Corrupt)
+	}
+	return s + fmt.Sprintf(", round trip %v, longest %v", f.RTT.Round(10*time.Microsecond), f.MaxRTT.Round(time.Millisecond))
+}
+
+// printTable logs the rows of all rounds as a table in Markdown.
+func printTable(t *testing.T, title string, rows []row) {
+	t.Helper()
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s\n\n", title)
+	b.WriteString("| case | connections | broken | routes converged | stall beyond that: median | p99 | longest | UDP lost, longest run | ping lost, longest run | |\n")
+	b.WriteString("|---|---|---|---|---|---|---|---|---|---|\n")
+	var names []string
+	for _, r := range rows {
+		if !slices.Contains(names, r.name) {
+			names = append(names, r.name)
+		}
+	}
+	for _, name := range names {
+		sum := row{name: name}
+		var notes []string
+		lost := make(map[string]flowReport)
+		for _, r := range rows {
+			if r.name != name {
+				continue
+			}
+			sum.streams += r.streams
+			sum.broken += r.broken
+			sum.converged = append(sum.converged, r.converged...)
+			sum.stalls = append(sum.stalls, r.stalls...)
+			for _, s := range []string{r.why, r.note} {
+				if s != "" {
+					notes = append(notes, s)
+				}
+			}
+			for _, f := range r.flows {
+				l := lost[f.Flow]
+				l.Sent, l.Lost, l.LostRun = l.Sent+f.Sent, l.Lost+f.Lost, max(l.LostRun, f.LostRun)
+				lost[f.Flow] = l
+			}
+		}
+		slices.Sort(sum.stalls)
+		slices.Sort(sum.converged)
+		flow := func(name string) string {
+			f, ok := lost[name]
+			if !ok {
+				return "–"
+			}
+			return fmt.Sprintf("%d of %d, %s", f.Lost, f.Sent, ms(f.LostRun))
+		}
+		converged, stalls := "–", []string{"–", "–", "–"}
+		if n := len(sum.converged); n > 0 {
+			converged = ms(quantile(sum.converged, 0.5))
+			if n > 1 {
+				converged += " (" + ms(sum.converged[0]) + " to " + ms(sum.converged[n-1]) + ")"
+			}
+		}
+		if len(sum.stalls) > 0 {
+			stalls = []string{ms(quantile(sum.stalls, 0.5)), ms(quantile(sum.stalls, 0.99)), ms(quantile(sum.stalls, 1))}
+		}
+		fmt.Fprintf(&b, "| %s | %d | %d | %s | %s | %s | %s | %s |\n", name, sum.streams, sum.broken, converged,
+			strings.Join(stalls, " | "), flow("udp"), flow("ping"), strings.Join(notes, "; "))
+	}
+	t.Log("\n" + b.String())
+	if out := os.Getenv(failoverOutEnv); out != "" {
+		f, err := os.OpenFile(out, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+		if err == nil {
+			_, err = f.WriteString(b.String() + "\n")
+			err = cmp.Or(err, f.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func ms(d time.Duration) string {
+	return fmt.Sprintf("%d ms", d.Round(time.Millisecond).Milliseconds())
+}
