@@ -31,15 +31,15 @@ const (
 	TypeClaim   // somebody got or renewed it
 	TypeRelease // somebody gave it back
 	TypeHello   // a server is alive
-	TypeAsk     // for a snapshot; no records
-	TypeDone    // the snapshot is whole; no records
-	TypeBusy    // ask another server; no records
+	TypeAsk     // for all that a server knows; no records
+	TypeAskOwn  // for what it heard itself; no records
+	TypeDone    // what was asked for is whole; no records
 
 	// NumTypes is the number of types, 0 included.
 	NumTypes = iota + 1
 )
 
-var typeNames = [NumTypes]string{"none", "location", "seen", "mapping", "claim", "release", "hello", "ask", "done", "busy"}
+var typeNames = [NumTypes]string{"none", "location", "seen", "mapping", "claim", "release", "hello", "ask", "ask_own", "snapshot"}
 
 // String is the type's name as a metrics label.
 func (t Type) String() string {
@@ -92,6 +92,31 @@ func (m *Message) Records() int {
 		return 1
 	default:
 		return 0
+	}
+}
+
+// Deliver hands the message's records to the handler.
+func (m *Message) Deliver(h Handler) {
+	switch m.Type {
+	case TypeLocation:
+		for _, l := range m.Locations {
+			h.Location(l)
+		}
+	case TypeSeen:
+		h.Seen(m.Seen)
+	case TypeMapping:
+		for _, p := range m.Mappings {
+			h.Mapping(p)
+		}
+	case TypeClaim:
+		for _, c := range m.Claims {
+			h.Claimed(c)
+		}
+	case TypeRelease:
+		for _, c := range m.Claims {
+			h.Released(c)
+		}
+	default:
 	}
 }
 

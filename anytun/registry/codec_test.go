@@ -48,8 +48,8 @@ var vectors = []struct {
 	},
 	{"hello", Message{Type: TypeHello, Hello: Hello{Peer: 7, Age: 8}}, "06 0000000000000007 00000008"},
 	{"ask", Message{Type: TypeAsk}, "07"},
-	{"done", Message{Type: TypeDone}, "08"},
-	{"busy", Message{Type: TypeBusy}, "09"},
+	{"ask own", Message{Type: TypeAskOwn}, "08"},
+	{"done", Message{Type: TypeDone}, "09"},
 }
 
 func TestCodec(t *testing.T) {

@@ -184,7 +184,7 @@ func (m *member) Run(ctx context.Context, h Handler) error {
 		p, wait := m.next()
 		switch {
 		case wait == 0:
-			deliver(h, &p.message)
+			p.message.Deliver(h)
 		case wait < 0 && m.needsSnapshot():
 			m.fetch(h)
 		default:
@@ -254,36 +254,11 @@ func (m *member) fetch(h Handler) {
 		other.Snapshot(func(l Location) bool { locations = append(locations, l); return true })
 		other.Mappings(func(p Mapping) bool { mappings = append(mappings, p); return true })
 	}
-	deliver(h, &Message{Type: TypeLocation, Locations: locations})
-	deliver(h, &Message{Type: TypeMapping, Mappings: mappings})
-	deliver(h, &Message{Type: TypeClaim, Claims: live})
+	(&Message{Type: TypeLocation, Locations: locations}).Deliver(h)
+	(&Message{Type: TypeMapping, Mappings: mappings}).Deliver(h)
+	(&Message{Type: TypeClaim, Claims: live}).Deliver(h)
 	if len(others) > 0 {
 		m.counters.Snapshot()
-	}
-}
-
-// deliver hands a message's records to the handler.
-func deliver(h Handler, m *Message) {
-	switch m.Type {
-	case TypeLocation:
-		for _, l := range m.Locations {
-			h.Location(l)
-		}
-	case TypeSeen:
-		h.Seen(m.Seen)
-	case TypeMapping:
-		for _, p := range m.Mappings {
-			h.Mapping(p)
-		}
-	case TypeClaim:
-		for _, c := range m.Claims {
-			h.Claimed(c)
-		}
-	case TypeRelease:
-		for _, c := range m.Claims {
-			h.Released(c)
-		}
-	default:
 	}
 }
 
