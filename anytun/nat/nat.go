@@ -96,7 +96,7 @@ type Config struct {
 }
 
 const (
-	// DefaultMax keeps a Table below 64 MB.
+	// DefaultMax is about 70 MB.
 	DefaultMax = 1 << 19
 	// DefaultMaxPerClient is a block of 1024 ports, for TCP, UDP and ICMP each, and
 	// one more.

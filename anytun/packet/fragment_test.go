@@ -40,8 +40,8 @@ func bigPacket(rng *rand.Rand, kind, n int) []byte {
 		return ip4(UDP, u)
 	case 1:
 		return ip6(UDP, u)
-	case 2: // options, one of which (148, router alert) is copied into every fragment
-		return ip4(UDP, u, 7, 7, 4, 0, 0, 0, 0, 148, 4, 0, 0, 0)
+	case 2: // options, those from 128 up (148 is router alert) to be copied into every fragment
+		return ip4(UDP, u, 7, 7, 4, 0, 0, 0, 0, 148, 4, 0, 0, 158, 3, 1, 0, 0)
 	case 3:
 		return ip6(HopByHop, extension(DestOptions, 1, extension(UDP, 0, u)))
 	case 4:
@@ -110,7 +110,7 @@ func TestFragment(t *testing.T) {
 					if !g.IsValid(len(p)) || !g.IsChecksumValid() || int(g.FragmentOffset()) != v.FragmentOffset {
 						t.Fatalf("%s: piece %d by gVisor's account", name, i)
 					}
-					if alert := bytes.Contains(g.Options(), []byte{148, 4, 0, 0}); kind == 2 && !alert {
+					if alert := bytes.Contains(g.Options(), []byte{148, 4, 0, 0, 158, 3, 1, 0}); kind == 2 && !alert {
 						t.Fatalf("%s: piece %d lost the option to be copied", name, i)
 					}
 					if route := bytes.Contains(g.Options(), []byte{7, 7, 4}); route != (kind == 2 && i == 0) {
