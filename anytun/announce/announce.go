@@ -90,7 +90,7 @@ type Peer struct {
 	// Local is the address to speak from; zero leaves it to the kernel.
 	Local netip.Addr
 	// Password for TCP MD5 (RFC 2385), 80 bytes at most.
-	Password string
+	Password string `json:"-"`
 	// BFD asks for BFD over one hop (RFC 5881); the peer has to have it too.
 	BFD bool
 	// Multihop is the number of hops an external peer may be away, 0 for a
@@ -152,7 +152,7 @@ type Announcer struct {
 	bgp *engine // nil without peers
 	hk  *hook   // nil without a hook
 
-	drain     chan struct{}
+	drain     chan struct{} // closed by Drain
 	drainOnce sync.Once
 	ran       sync.Once
 
@@ -334,8 +334,7 @@ func (a *Announcer) run(ctx context.Context) error {
 			checking = false
 			h.result(err)
 		case <-drain:
-			drain = nil
-			a.setDraining()
+			drain = nil // apply sees what Drain has set
 		case <-tick.C:
 			check()
 		case <-turns.C: // apply gives the engine its turn
@@ -406,13 +405,6 @@ func (a *Announcer) apply(h *health) {
 	}
 }
 
-func (a *Announcer) setDraining() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.status.Draining = true
-	a.log.Info("draining")
-}
-
 // wish announces or withdraws, if that is a change.
 func (a *Announcer) wish(announce bool, why string) {
 	a.mu.Lock()
@@ -451,7 +443,15 @@ func joined(prefixes []netip.Prefix) string {
 
 // Drain withdraws for good: health no longer matters, and sessions stay up
 // until Run's context ends. It doesn't wait.
-func (a *Announcer) Drain() { a.drainOnce.Do(func() { close(a.drain) }) }
+func (a *Announcer) Drain() {
+	a.drainOnce.Do(func() {
+		a.mu.Lock()
+		a.status.Draining = true
+		a.mu.Unlock()
+		a.log.Info("draining")
+		close(a.drain)
+	})
+}
 
 // Status tells what is announced and how the sessions are.
 func (a *Announcer) Status() Status {

@@ -10,11 +10,6 @@ import (
 	"time"
 )
 
-const (
-	anycast4 = "203.0.113.1/32"
-	anycast6 = "2001:db8:0:1::/64"
-)
-
 // config announces both prefixes from server i to the core.
 func config(i byte, v6 bool) Config {
 	core := netip.AddrFrom4([4]byte{10, 9, i, 1})
@@ -192,8 +187,11 @@ func TestRouterRestarts(t *testing.T) {
 		return ""
 	})
 	// A killed BIRD leaves its routes in the kernel.
-	run(t, "ip", "-n", l.core, "route", "flush", "proto", "bird")
 	begin := time.Now()
+	run(t, "ip", "-n", l.core, "route", "flush", "proto", "bird")
+	run(t, "ip", "-n", l.core, "-6", "route", "flush", "proto", "bird")
+	l.deleted(anycast4, begin)
+	begin = time.Now()
 	l.bird()
 	l.await(anycast4, 1)
 	t.Logf("route back %v after the router", time.Since(begin))
@@ -207,8 +205,7 @@ func TestPassword(t *testing.T) {
 	const secret = "no-one-may-read-this"
 	l := newLab(t, 1, `password "`+secret+`";`)
 	c := config(1, false)
-	c.Peers[0].Password = secret
-	s := l.speaker(1, helperConfig{Config: c})
+	s := l.speaker(1, helperConfig{Config: c, Password: secret})
 	l.await(anycast4, 1)
 	if log := s.read(); strings.Contains(log, secret) {
 		t.Errorf("the password is in the log:\n%s", log)
@@ -218,8 +215,7 @@ func TestPassword(t *testing.T) {
 	var end stopped
 	s.say("stop", &end)
 
-	c.Peers[0].Password = "wrong"
-	s = l.speaker(1, helperConfig{Config: c})
+	s = l.speaker(1, helperConfig{Config: c, Password: "wrong"})
 	time.Sleep(4 * time.Second) // two attempts
 	if st := s.status(); st.Peers[0].State == "established" {
 		t.Error("a session with the wrong password")

@@ -19,6 +19,7 @@ type helperConfig struct {
 	Config
 	Check, Logger *struct{} // hide Config's, which JSON can't hold
 	Sick          bool      // the check fails from the start
+	Password      string    // of all peers
 	Log           string    // file
 }
 
@@ -35,6 +36,9 @@ func helper(config string) error {
 	}
 	defer file.Close()
 	c.Config.Logger = slog.New(slog.NewTextHandler(file, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	for i := range c.Peers {
+		c.Peers[i].Password = c.Password
+	}
 	var sick atomic.Bool
 	sick.Store(c.Sick)
 	c.Config.Check = func(context.Context) error {

@@ -2,7 +2,6 @@ package announce
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -23,10 +22,6 @@ import (
 // namespace on a link of its own.
 //
 //	core 10.9.N.1, fd09:N::1 ──── 10.9.N.2, fd09:N::2 server N
-
-// patience is how long a test waits for what should take seconds. Other work on
-// the machine may slow everything down; nothing else is timed.
-const patience = 30 * time.Second
 
 const nsPrefix = "anytun-announce-"
 
@@ -188,15 +183,14 @@ func (l *lab) bird() {
 	if err := os.WriteFile(file, []byte(l.config), 0o600); err != nil {
 		l.t.Fatal(err)
 	}
-	var out bytes.Buffer
 	cmd := exec.Command("ip", "netns", "exec", l.core, "bird", "-f", "-c", file, "-s", l.dir+"/bird.ctl", "-P", l.dir+"/bird.pid")
-	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Stderr = os.Stderr
 	l.router = cmd
 	l.spawn(cmd)
 	l.t.Cleanup(func() {
 		if l.t.Failed() {
 			log, _ := os.ReadFile(l.dir + "/bird.log")
-			l.t.Logf("bird: %s\n%s", out.Bytes(), log)
+			l.t.Logf("bird:\n%s", log)
 		}
 	})
 }
@@ -270,18 +264,6 @@ func (l *lab) deleted(prefix string, begin time.Time) time.Duration {
 		return fmt.Sprintf("route to %s was not deleted", prefix)
 	})
 	return at
-}
-
-// until waits until what returns nothing; its last result is the test's failure.
-func until(t *testing.T, what func() string) {
-	t.Helper()
-	var why string
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if why = what(); why == "" {
-			return
-		}
-	}
-	t.Fatal(why)
 }
 
 // server is the namespace of server i.

@@ -3,6 +3,7 @@ package announce
 import (
 	"os"
 	"testing"
+	"time"
 )
 
 // helperEnv makes this test binary an announcing program instead of running
@@ -18,4 +19,20 @@ func TestMain(m *testing.M) {
 	}
 	prepare()
 	m.Run() // its result becomes the exit status when TestMain returns
+}
+
+// patience is how long a test waits for what should take seconds. Other work on
+// the machine may slow everything down; nothing else is timed.
+const patience = 30 * time.Second
+
+// until waits until what returns nothing; its last result is the test's failure.
+func until(t *testing.T, what func() string) {
+	t.Helper()
+	var why string
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if why = what(); why == "" {
+			return
+		}
+	}
+	t.Fatal(why)
 }
