@@ -180,16 +180,21 @@ func (e *tunEgress) readLoop() error {
 			}
 			return err
 		}
-		b.out, b.replies = b.out[:0], b.replies[:0]
-		for _, buf := range bufs {
-			e.inward(b, buf)
-		}
-		if len(b.out) > 0 {
-			e.Output(b.out)
-		}
-		if len(b.replies) > 0 {
-			e.Device.WriteBatch(b.replies)
-		}
+		e.fromDevice(b, bufs)
+	}
+}
+
+// fromDevice handles one batch.
+func (e *tunEgress) fromDevice(b *inBatch, bufs [][]byte) {
+	b.out, b.replies = b.out[:0], b.replies[:0]
+	for _, buf := range bufs {
+		e.inward(b, buf)
+	}
+	if len(b.out) > 0 {
+		e.Output(b.out)
+	}
+	if len(b.replies) > 0 {
+		e.Device.WriteBatch(b.replies)
 	}
 }
 
