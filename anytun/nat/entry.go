@@ -110,8 +110,9 @@ func (e *entry) timeout() time.Duration {
 			return tcpShort
 		}
 		return tcpTimeout
+	default:
+		return icmpTimeout
 	}
-	return icmpTimeout
 }
 
 // firm says whether the mapping may well be in use. One that isn't still works, but

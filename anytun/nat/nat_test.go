@@ -245,8 +245,10 @@ func TestLifetimes(t *testing.T) {
 				d           time.Duration
 				alive, firm bool
 			}{
-				{tt.lives - 1, true, tt.weak == tt.lives}, {tt.lives, false, false},
-				{tt.weak - 1, true, true}, {tt.weak, tt.weak < tt.lives, false},
+				{tt.lives - 1, true, tt.weak == tt.lives},
+				{tt.lives, false, false},
+				{tt.weak - 1, true, true},
+				{tt.weak, tt.weak < tt.lives, false},
 			} {
 				if at.d < 0 {
 					continue
