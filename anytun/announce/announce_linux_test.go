@@ -99,14 +99,7 @@ func TestEndWithdraws(t *testing.T) {
 	s.say("stop", &end)
 	t.Logf("route gone %v after the end, Run took %v more", l.deleted(anycast4, begin), end.Took)
 	l.await(anycast6, 0)
-	if end.Err != "<nil>" {
-		t.Errorf("Run: %s", end.Err)
-	}
-	for _, g := range strings.Split(end.Goroutines, "\n\n") {
-		if strings.Contains(g, "gobgp") || strings.Contains(g, "eapache") {
-			t.Errorf("left behind: %s", g)
-		}
-	}
+	end.check(t)
 }
 
 // A killed program's sessions are closed by the kernel.
@@ -221,9 +214,7 @@ func TestPassword(t *testing.T) {
 		t.Error("a session with the wrong password")
 	}
 	s.say("stop", &end)
-	if end.Err != "<nil>" {
-		t.Errorf("Run: %s", end.Err)
-	}
+	end.check(t) // it was about to connect
 }
 
 // The peer opens the session.

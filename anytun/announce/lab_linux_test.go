@@ -386,3 +386,16 @@ func (s *speaker) listening() []string {
 	}
 	return ports
 }
+
+// check is for what must hold of every end.
+func (e *stopped) check(t *testing.T) {
+	t.Helper()
+	if e.Err != "<nil>" {
+		t.Errorf("Run: %s", e.Err)
+	}
+	for g := range strings.SplitSeq(e.Goroutines, "\n\n") {
+		if strings.Contains(g, "gobgp") || strings.Contains(g, "eapache") {
+			t.Errorf("left behind: %s", g)
+		}
+	}
+}
