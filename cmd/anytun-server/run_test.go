@@ -66,6 +66,81 @@ func TestServeAndReload(t *testing.T) {
 	}
 }
 
+// A server announces once its own check went well, and drain makes it withdraw,
+// serve on for a while, and end.
+func TestAnnounceAndDrain(t *testing.T) {
+	dir := files(t)
+	told := filepath.Join(dir, "told")
+	s, admin := startServer(t, dir, "--announce", "198.51.100.1", "--announce-hook", "echo $ANYTUN_PREFIXES >>"+told+" ; echo >>"+told, "--drain-time", "1s")
+	lines := func() string {
+		text, _ := os.ReadFile(told)
+		return string(text)
+	}
+	for deadline := time.Now().Add(cmdtest.Hangs); !strings.Contains(lines(), "announce\n"); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the hook was not told to announce: %q", lines())
+		}
+	}
+	if r := command.Run(t, nil, "status", "--admin", admin); !strings.Contains(r.Out, "announcing\n") {
+		t.Errorf("status says nothing of it:\n%s", r.Out)
+	}
+	// Not for web pages.
+	response, err := http.Post("http://"+admin+"/drain", "text/plain", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if response.StatusCode != http.StatusForbidden {
+		t.Errorf("a request without the header was answered %v", response.Status)
+	}
+	if r := command.Run(t, nil, "drain", "--admin", admin); r.Code != cmd.ExitDone || r.Out != "draining\n" {
+		t.Errorf("drain: exit code %d, %q", r.Code, r.Out+r.Errors)
+	}
+	s.Line(t, "draining; a second signal ends at once")
+	if code := s.Wait(); code != cmd.ExitDone {
+		t.Errorf("exit code %d", code)
+	}
+	if text := lines(); !strings.Contains(text, "198.51.100.1/32") || !strings.HasSuffix(strings.TrimSpace(text), "withdraw") {
+		t.Errorf("the hook was told %q", text)
+	}
+	r := command.Run(t, nil, "drain", "--admin", admin)
+	r.CheckError(t, "anytun-server", cmd.ExitFailure, "nobody answers on the admin address", "--admin")
+}
+
+// Two servers form a cluster by themselves, and each gets a number of its own.
+func TestNumbersAreLeased(t *testing.T) {
+	first, second := files(t), files(t)
+	key, err := os.ReadFile(filepath.Join(first, "cluster.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(second, "cluster.key"), string(key), 0o600)
+	ports := freePorts(t, 2)
+	var servers []*cmdtest.Running
+	for i, dir := range []string{first, second} {
+		servers = append(servers, command.Start(t, "--state-dir", dir, "--listen", "127.0.0.1:0",
+			"--cluster-listen", ports[i], "--cluster-join", ports[1-i]))
+	}
+	a, b := servers[0].Line(t, "serving")["server_number"], servers[1].Line(t, "serving")["server_number"]
+	if a == b || a == nil || b == nil {
+		t.Errorf("numbers %v and %v", a, b)
+	}
+}
+
+// freePorts returns addresses on loopback that nobody listened at a moment ago.
+func freePorts(t *testing.T, n int) (list []string) {
+	t.Helper()
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		list = append(list, l.Addr().String())
+	}
+	return list
+}
+
 func TestOccupiedPort(t *testing.T) {
 	taken, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
