@@ -104,7 +104,13 @@ func (c *cluster3) start(t *testing.T, number int, more ...string) {
 		return
 	}
 	s.daemon = s.host.start(c.t, serverName(number), withNetAdmin(append(c.serverArgs(t, s), more...)...)...)
+	c.endQuickly(s.daemon)
 	s.daemon.listening(t, "udp", serverPort)
+}
+
+// endQuickly spares the end of a test the time that a daemon takes to drain.
+func (c *cluster3) endQuickly(d *daemon) {
+	c.t.Cleanup(func() { d.signal(c.t, syscall.SIGKILL) })
 }
 
 // startStandIn starts what a server does in the network's eyes: it announces the

@@ -144,6 +144,7 @@ func (c *cluster3) startProxy(t *testing.T) {
 	t.Helper()
 	args := append([]string{"--server", c.invite, "--dial-timeout", "8s"}, c.options.ProxyArgs...)
 	c.proxy = startProxy(c.t, c.app, args...)
+	c.endQuickly(c.proxy)
 	eventually(t, 30*time.Second, func() error {
 		code := c.app.try(t, 10*time.Second, curlArgs(5*time.Second, "-o", "/dev/null", "-w", "%{http_code}",
 			fmt.Sprintf("http://127.0.0.1:%d/readyz", proxyAdminPort))...).stdout
