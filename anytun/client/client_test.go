@@ -181,14 +181,14 @@ func (s *stub) take(b []byte, from udp.Endpoint) error {
 	if err != nil || !wire.IsControl(p) {
 		return err
 	}
-	switch wire.Control(p[0]) {
-	case wire.ControlKeepAlive:
+	if wire.Control(p[0]) == wire.ControlKeepAlive {
 		m, err := wire.ParseKeepAlive(p)
 		if err != nil {
 			return err
 		}
 		s.sendLocked(wire.AppendAlive(nil, wire.Alive{Server: s.number, Token: m.Token, Observed: from.Addr}))
-	case wire.ControlPortsRequest:
+	}
+	if wire.Control(p[0]) == wire.ControlPortsRequest {
 		m, err := wire.ParsePortsRequest(p)
 		if err != nil {
 			return err
@@ -239,7 +239,7 @@ func (w *world) expect(told ...string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !slices.Equal(w.told, told) {
-		w.t.Errorf("told %q, want %q", w.told, told)
+		w.t.Fatalf("told %q, want %q", w.told, told)
 	}
 	w.told = nil
 }

@@ -90,7 +90,7 @@ func (tr *trip) run(until time.Duration) {
 			if a.Ended != (Silence{}) {
 				tr.gaps = append(tr.gaps, a.Ended)
 			}
-			again, quiet, suspect, gap, ask = a.Again, a.Quiet, a.Suspect, a.Gap, false
+			again, quiet, suspect, gap = a.Again, a.Quiet, a.Suspect, a.Gap
 			if !again.After(tr.now) {
 				tr.t.Fatalf("at %v: asked to come back at once", tr.at())
 			}
