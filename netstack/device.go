@@ -15,6 +15,7 @@ import (
 //
 //	gVisor TCP    super-segment, up to gsoMaxSize bytes of one flow
 //	WritePackets  takes a batch from the pool
+//	flows.out     notes what the connection has sent
 //	batch.cut     copies headers and payload, segment by segment, to their
 //	              final place, with room for the tunnel's header and tag
 //	batch.flush   hands all of it to Config.Output
@@ -59,10 +60,16 @@ type device struct {
 	inClosed, outClosed atomic.Bool
 
 	counters counters
+	flows    flowTable
 }
 
 func newDevice(c *Config) *device {
 	d := &device{mtu: uint32(c.MTU), headroom: c.Headroom, tailroom: c.Tailroom, output: c.Output}
+	clock := c.Clock
+	if clock == nil {
+		clock = tcpip.NewStdClock()
+	}
+	d.flows.init(clock, c.Forward, &d.counters)
 	size := max(batchSize, c.MTU+c.Headroom+c.Tailroom)
 	d.batches.New = func() any { return &batch{dev: d, buf: make([]byte, size)} }
 	return d
@@ -106,7 +113,9 @@ func (d *device) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 		return len(list), nil
 	}
 	b := d.batch()
+	now := d.flows.now()
 	for _, p := range list {
+		d.flows.out(p, now)
 		b.put(p)
 	}
 	b.done()

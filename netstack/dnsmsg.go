@@ -14,8 +14,11 @@ import (
 
 const (
 	// dnsUDPSize is what we take in one datagram, in bytes, told to servers by
-	// EDNS(0): it fits the least MTU of IPv6 (RFC 9715 section 3.1).
-	dnsUDPSize = 1232
+	// EDNS(0). RFC 9715 section 3.1 wants less, so that nothing is fragmented on
+	// the Internet. But an answer comes from the tunnel's server, and inner
+	// fragments cost nothing, while a question repeated over TCP breaks when its
+	// packets reach different servers.
+	dnsUDPSize = 4096
 
 	maxCNAMEs     = 16
 	maxDNSRecords = 256

@@ -195,17 +195,18 @@ func (u *unreachableNotes) take(f flow) syscall.Errno {
 }
 
 // noteUnreachable keeps what p, an ICMP error message, says about a TCP
-// connection of this stack. It must run before gVisor sees the message.
+// connection of this stack, and acts if it is about the path. It must run before gVisor sees the message.
 func (s *Stack) noteUnreachable(p *packet) {
 	m := p.payload()
 	var why syscall.Errno
+	var path bool // RFC 6069 section 3
 	switch {
 	case p.v4 && m[0] == icmpUnreachable:
-		why = errnoOfICMP(m[1])
+		why, path = errnoOfICMP(m[1]), m[1] == icmpNet || m[1] == icmpHost
 	case !p.v4 && m[0] == icmpv6Unreachable:
-		why = errnoOfICMPv6(m[1])
+		why, path = errnoOfICMPv6(m[1]), m[1] == icmpv6Net || m[1] == icmpv6Address
 	}
-	if why == 0 {
+	if why == 0 && !path {
 		return
 	}
 	// The quote is cut off, so its length field says nothing.
@@ -219,6 +220,12 @@ func (s *Stack) noteUnreachable(p *packet) {
 		return
 	}
 	ports := q.payload()
+	if path && len(ports) >= 8 {
+		s.unreachableFor(&q)
+	}
+	if why == 0 {
+		return
+	}
 	s.notes.add(note{flow{
 		local:  netip.AddrPortFrom(q.source(), binary.BigEndian.Uint16(ports)),
 		remote: netip.AddrPortFrom(q.destination(), binary.BigEndian.Uint16(ports[2:])),

@@ -11,11 +11,13 @@ import (
 
 // The road in, all of it in Input's goroutine:
 //
-//	Input          walks the batch
+//	Input          puts the batch in order (order.go), walks it
 //	parseIP        malformed packets and unknown protocols are dropped
 //	admit          Forward only: UDP for others goes to ForwardUDP's handler,
 //	               ICMP for others is dropped
-//	joinable, run  counts the TCP segments that follow each other
+//	startRun, run  counts the TCP segments that follow each other
+//	flows.in       notes what the peer has got; a duplicate acknowledgement may
+//	               have to wait (hold.go)
 //	deliver        one copy to a gVisor buffer, one packet to gVisor
 //
 // gVisor's own goroutines take over where a packet reaches a TCP endpoint.
@@ -43,6 +45,7 @@ type packet struct {
 	// the first.
 	l4    int
 	first bool // not a fragment, or the first one
+	strip bool // gVisor is not to see the SACK blocks (hold.go)
 }
 
 // parseIP looks at the IP header of b and cuts off what follows the packet.
@@ -142,6 +145,10 @@ func (s *Stack) Input(pkts [][]byte) {
 	}
 	c.packetsIn.Add(uint64(len(pkts)))
 	c.bytesIn.Add(uint64(bytes))
+	o := sorters.Get().(*sorter)
+	defer o.done()
+	pkts = o.sorted(pkts)
+	now := d.flows.now()
 	for i := 0; i < len(pkts); {
 		p, ok := parseIP(pkts[i])
 		if !ok {
@@ -159,6 +166,18 @@ func (s *Stack) Input(pkts [][]byte) {
 				n++
 			}
 			size = r.size
+		}
+		if p.proto == protoTCP && !p.frag {
+			v, strip := d.flows.in(&p, now)
+			p.strip = strip
+			switch v {
+			case held:
+				i++ // an acknowledgement, which is never joined
+				continue
+			case passRestart:
+				s.afterSpurious(inKey(p.b, p.payload()))
+			case pass:
+			}
 		}
 		d.deliver(&p, pkts[i+1:i+n], size)
 		i += n
@@ -213,6 +232,9 @@ func (d *device) deliver(p *packet, more [][]byte, size int) {
 	}
 	if len(more) > 0 {
 		join(b, p, more)
+	}
+	if p.strip {
+		stripSACK(b[p.l4:])
 	}
 	if !p.v4 && p.proto == protoICMPv6 && !p.frag {
 		simplifyUnreachable(b[p.l4:])

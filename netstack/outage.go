@@ -1,10 +1,12 @@
 package netstack
 
 import (
+	"encoding/binary"
 	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
@@ -24,6 +26,13 @@ import (
 // next time-out, and recovers a handful of segments with each. The price is
 // paid on paths that reorder all the time, where duplicate acknowledgements
 // alone take reordering for loss.
+
+// A recovery that turns out to have been for nothing (hold.go) leaves a similar
+// trace: in slow start the threshold falls to a fraction of what the path
+// carries, and CUBIC needs seconds for what slow start does in a few round trips.
+// gVisor notices such recoveries but does not undo them; so these connections
+// start anew, too, which costs less than it gives unless a round trip takes half
+// a second.
 
 // collapsed is the slow-start threshold, in segments, that repeated time-outs
 // leave behind (the floor of RFC 5681, equation 4).
@@ -74,13 +83,47 @@ func (s *Stack) repair() {
 			continue // only established endpoints take the option
 		}
 		var info tcpip.TCPInfoOption
-		if err := ep.GetSockOpt(&info); err != nil || info.SndSsthresh != collapsed {
-			continue
+		if err := ep.GetSockOpt(&info); err == nil && info.SndSsthresh == collapsed {
+			s.restart(ep)
 		}
-		cc := congestionControl
-		if err := ep.SetSockOpt(&cc); err == nil {
-			s.outage.repaired.Add(1)
-		}
+	}
+}
+
+// restart starts the congestion control of an established endpoint anew, unless
+// it is in fast recovery: at its end gVisor sets the window to the threshold,
+// which would be infinite. It reports whether it did.
+func (s *Stack) restart(ep tcpip.Endpoint) bool {
+	var info tcpip.TCPInfoOption
+	if err := ep.GetSockOpt(&info); err != nil || info.CcState == tcpip.FastRecovery || info.CcState == tcpip.SACKRecovery {
+		return false
+	}
+	cc := congestionControl
+	if err := ep.SetSockOpt(&cc); err != nil {
+		return false
+	}
+	s.outage.repaired.Add(1)
+	return true
+}
+
+// afterSpurious restarts the connection k, which has recovered from a loss that
+// there was not. It has a goroutine of its own, like repair.
+func (s *Stack) afterSpurious(k flowKey) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if !s.closed {
+		s.handlers.Go(func() { s.restartFlow(&k) })
+	}
+}
+
+func (s *Stack) restartFlow(k *flowKey) {
+	local, remote := k.addrs()
+	id := stack.TransportEndpointID{
+		LocalAddress: tcpipAddr(local), LocalPort: binary.BigEndian.Uint16(k.ports[:]),
+		RemoteAddress: tcpipAddr(remote), RemotePort: binary.BigEndian.Uint16(k.ports[2:]),
+	}
+	ep, ok := s.st.FindTransportEndpoint(protocolOf(local), tcp.ProtocolNumber, id, nicID).(tcpip.Endpoint)
+	if ok && tcp.EndpointState(ep.State()) == tcp.StateEstablished {
+		s.restart(ep)
 	}
 }
 

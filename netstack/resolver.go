@@ -315,7 +315,7 @@ func (r *Resolver) exchangeUDP(ctx context.Context, server netip.AddrPort, q dns
 	if _, err := c.WriteToUDPAddrPort(msg, server); err != nil {
 		return answer{}, err
 	}
-	buf := make([]byte, 4096)
+	buf := make([]byte, dnsUDPSize)
 	for {
 		n, from, err := c.ReadFromUDPAddrPort(buf)
 		if err != nil {

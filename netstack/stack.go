@@ -181,6 +181,7 @@ func New(c Config) (*Stack, error) {
 		portsUsedUp: c.PortsUsedUp,
 	}
 	s.own.Store(new([]netip.Addr))
+	s.dev.flows.hold.fire = s.releaseHeld
 	// A far end's loopback addresses are destinations like all others, so
 	// packets to and from them must not count as martian.
 	s.st = stack.New(stack.Options{
@@ -260,7 +261,7 @@ func (s *Stack) Close() error {
 	s.closed = true
 	s.mu.Unlock()
 	s.dev.inClosed.Store(true)
-
+	s.dev.flows.hold.close()
 	ended := make(chan struct{})
 	go s.awaitHandlers(ended)
 	// A handler may be in the middle of making an endpoint, which then isn't

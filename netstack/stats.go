@@ -15,6 +15,10 @@ type Stats struct {
 	DropOversize    uint64 // Output: a packet larger than the MTU
 	DropClosed      uint64 // Input or Output after Close
 
+	AcksHeld     uint64 // duplicate acknowledgements held back in case it was only reordering
+	AcksDropped  uint64 // of those, dropped because it was
+	AcksReleased uint64 // of those, handed over when their time was up
+
 	PortsUsedUp uint64 // dials and sockets that found no port, each attempt counted
 
 	GapResent uint64 // segments sent again by Resume
@@ -37,6 +41,7 @@ type counters struct {
 	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
 	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
 	forwardFull                                                            atomic.Uint64
+	heldAcks, heldDropped, heldReleased                                    atomic.Uint64
 	gapResent, gapNudged                                                   atomic.Uint64
 }
 
@@ -56,6 +61,9 @@ func (s *Stack) Stats() Stats {
 		DropForeignICMP: c.dropForeignICMP.Load(),
 		DropOversize:    c.dropOversize.Load(),
 		DropClosed:      c.dropClosed.Load(),
+		AcksHeld:        c.heldAcks.Load(),
+		AcksDropped:     c.heldDropped.Load(),
+		AcksReleased:    c.heldReleased.Load(),
 		PortsUsedUp:     s.ports.usedUp.Load(),
 		GapResent:       c.gapResent.Load(),
 		GapNudged:       c.gapNudged.Load(),

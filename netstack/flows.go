@@ -1,0 +1,326 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"hash/maphash"
+	"sync"
+	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// The device remembers a few numbers of each TCP connection, for two purposes:
+// to tell reordering from loss (hold.go) and to start connections again after a
+// gap (gap.go). They are looked at once for every packet of gVisor's, that is
+// once for a super-segment out and once for a run of segments in.
+//
+//	WritePackets  flowTable.out   what was sent and acknowledged last
+//	Input         flowTable.in    what the peer acknowledges; duplicates may be
+//	                              taken away for a while
+//
+// Only what gVisor sends makes an entry, so the peer can't fill the table. It
+// holds flowSets × flowWays connections; when a set is full the one not seen for
+// longest makes room, and lacks the two benefits until it sends again.
+
+const (
+	flowSets = 1024
+	flowWays = 4
+)
+
+// flowKey is a connection: addresses (IPv4 in the first four bytes) and ports.
+type flowKey struct {
+	local, remote [16]byte
+	ports         [4]byte // local, remote
+	v4            bool
+}
+
+// tcpFlow is what is known of a connection. Numbers of the sequence spaces are
+// those on the wire.
+type tcpFlow struct {
+	key  flowKey
+	used int64 // when it was last seen, ns; 0: the entry is free
+
+	// What we sent.
+	sent       uint32 // one past the highest byte
+	ack        uint32 // the peer's next byte
+	window     uint16
+	ts         bool // with timestamps
+	tsVal, tsE uint32
+
+	// What the peer acknowledged.
+	una      uint32
+	unaKnown bool
+	hold     holdState
+
+	// received is when data came in last, ns.
+	received int64
+
+	// first is a copy of a packet in flight, from the IP header on, that begins
+	// with the first byte not acknowledged: see gap.go. It covers [firstSeq,
+	// firstEnd).
+	first              []byte
+	firstSeq, firstEnd uint32
+}
+
+type flowSet struct {
+	mu   sync.Mutex
+	ways [flowWays]tcpFlow
+}
+
+// flowTable is the table of a device. A set's mutex is held neither while
+// gVisor is called nor Output; holder.mu and paths are taken under it.
+type flowTable struct {
+	seed  maphash.Seed
+	sets  [flowSets]atomic.Pointer[flowSet] // nil: never used
+	now   func() int64                      // ns, monotonic
+	hold  holder
+	paths [reorderPaths]reorderPath
+	many  bool // paths are told apart by the remote address
+
+	suspect  atomic.Bool
+	counters *counters // the device's
+}
+
+// init makes the zero flowTable ready, but for hold.fire.
+func (t *flowTable) init(clock tcpip.Clock, many bool, c *counters) {
+	t.seed = maphash.MakeSeed()
+	t.many, t.counters = many, c
+	t.hold.clock = clock
+	began := clock.NowMonotonic()
+	t.now = func() int64 { return int64(clock.NowMonotonic().Sub(began)) + 1 } // never 0
+}
+
+// set returns the set that k belongs to, or nil if there is none and it isn't to
+// be made.
+func (t *flowTable) set(k *flowKey, create bool) *flowSet {
+	p := &t.sets[maphash.Comparable(t.seed, *k)%flowSets]
+	if s := p.Load(); s != nil || !create {
+		return s
+	}
+	p.CompareAndSwap(nil, new(flowSet))
+	return p.Load()
+}
+
+// findLocked returns the entry of k, or nil.
+func (s *flowSet) findLocked(k *flowKey) *tcpFlow {
+	for i := range s.ways {
+		if f := &s.ways[i]; f.used != 0 && f.key == *k {
+			return f
+		}
+	}
+	return nil
+}
+
+// claimLocked makes an entry for k, in place of the one not seen for longest.
+func (t *flowTable) claimLocked(s *flowSet, k *flowKey) *tcpFlow {
+	f := &s.ways[0]
+	for i := range s.ways[1:] {
+		if o := &s.ways[i+1]; o.used < f.used {
+			f = o
+		}
+	}
+	t.forgetLocked(f)
+	f.key = *k
+	return f
+}
+
+// forgetLocked empties an entry.
+func (t *flowTable) forgetLocked(f *tcpFlow) {
+	if l := f.hold.acks; l != nil {
+		t.hold.remove(l)
+		t.hold.put(l)
+	}
+	*f = tcpFlow{}
+}
+
+// before reports whether a lies before b in a sequence space.
+func before(a, b uint32) bool { return int32(a-b) < 0 }
+
+// outKey is the flow of a packet that leaves, by its IP and TCP headers.
+func outKey(ip, tcp []byte) (k flowKey) {
+	if k.v4 = ip[0]>>4 == 4; k.v4 {
+		copy(k.local[:], ip[12:16])
+		copy(k.remote[:], ip[16:20])
+	} else {
+		copy(k.local[:], ip[8:24])
+		copy(k.remote[:], ip[24:40])
+	}
+	copy(k.ports[:], tcp[:4])
+	return k
+}
+
+// inKey is the flow of a packet that arrives.
+func inKey(ip, tcp []byte) (k flowKey) {
+	if k.v4 = ip[0]>>4 == 4; k.v4 {
+		copy(k.remote[:], ip[12:16])
+		copy(k.local[:], ip[16:20])
+	} else {
+		copy(k.remote[:], ip[8:24])
+		copy(k.local[:], ip[24:40])
+	}
+	copy(k.ports[:2], tcp[2:4])
+	copy(k.ports[2:], tcp[:2])
+	return k
+}
+
+// out notes a packet of gVisor's that is about to leave.
+func (t *flowTable) out(p *stack.PacketBuffer, now int64) {
+	if p.TransportProtocolNumber != header.TCPProtocolNumber {
+		return
+	}
+	ip, tcp := p.NetworkHeader().Slice(), p.TransportHeader().Slice()
+	if len(ip) < header.IPv4MinimumSize || ip[0]>>4 != 4 && len(ip) < header.IPv6MinimumSize || len(tcp) < header.TCPMinimumSize {
+		return
+	}
+	k := outKey(ip, tcp)
+	flags := tcp[13]
+	s := t.set(&k, flags&flagRST == 0)
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.findLocked(&k)
+	seq := binary.BigEndian.Uint32(tcp[4:])
+	switch {
+	case flags&flagRST != 0:
+		if f != nil {
+			t.forgetLocked(f)
+		}
+		return
+	case f == nil:
+		f = t.claimLocked(s, &k)
+		f.sent = seq
+	case flags&flagSYN != 0 && seq != f.una-1 && f.sent != seq+1: // a new connection
+		t.forgetLocked(f)
+		f.key, f.sent = k, seq
+	}
+	f.used = now
+	f.ack = binary.BigEndian.Uint32(tcp[8:])
+	f.window = binary.BigEndian.Uint16(tcp[14:])
+	f.tsVal, f.tsE, f.ts = timestamps(tcp[header.TCPMinimumSize:])
+	end := seq + uint32(p.Data().Size())
+	if flags&(flagSYN|flagFIN) != 0 {
+		end++
+	}
+	if end == seq {
+		return
+	}
+	again := before(seq, f.sent)
+	if again {
+		f.hold.sentAgain(f, end)
+	}
+	if before(f.sent, end) {
+		f.sent = end
+	}
+	f.keepFirst(p, seq, end, again, t.suspect.Load())
+}
+
+// verdict is what in wants to happen to a packet.
+type verdict uint8
+
+const (
+	pass verdict = iota
+	// held: gVisor is not to see the packet now.
+	held
+	// passRestart: afterSpurious is to be called besides.
+	passRestart
+)
+
+// in notes a TCP packet that arrives, or the first of a run. strip says that
+// gVisor is not to see its SACK blocks.
+func (t *flowTable) in(p *packet, now int64) (v verdict, strip bool) {
+	tcp := p.payload()
+	if len(tcp) < header.TCPMinimumSize {
+		return pass, false
+	}
+	hl := int(tcp[12]>>4) * 4
+	if hl < header.TCPMinimumSize || hl > len(tcp) {
+		return pass, false
+	}
+	k := inKey(p.b, tcp)
+	s := t.set(&k, false)
+	if s == nil {
+		return pass, false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.findLocked(&k)
+	if f == nil {
+		return pass, false
+	}
+	f.used = now
+	if len(tcp) > hl {
+		f.received = now
+	}
+	if tcp[13]&(flagACK|flagSYN|flagRST) != flagACK {
+		return pass, false
+	}
+	ack := binary.BigEndian.Uint32(tcp[8:])
+	switch {
+	case !f.unaKnown:
+		f.una, f.unaKnown = ack, true
+	case before(f.una, ack) && !before(f.sent, ack):
+		v = t.advancedLocked(f, ack, tcp[header.TCPMinimumSize:hl], now)
+	case ack == f.una && ack != f.sent && len(tcp) == hl && tcp[13]&^flagECE == flagACK:
+		if t.duplicateLocked(s, f, p.b, tcp[header.TCPMinimumSize:hl], now) {
+			return held, false
+		}
+	}
+	return v, !f.hold.open && hl > header.TCPMinimumSize+12
+}
+
+// advancedLocked notes that the peer has acknowledged more.
+func (t *flowTable) advancedLocked(f *tcpFlow, ack uint32, options []byte, now int64) verdict {
+	restart := t.resolvedLocked(f, ack, options, now)
+	f.una = ack
+	if f.first != nil && !before(ack, f.firstEnd) {
+		f.first = nil
+	}
+	if restart {
+		return passRestart
+	}
+	return pass
+}
+
+// timestamps returns TSval and TSecr of the options of a TCP segment (RFC 7323
+// section 3.2).
+func timestamps(o []byte) (val, echo uint32, ok bool) {
+	if len(o) >= 12 && o[0] == 1 && o[1] == 1 && o[2] == 8 && o[3] == 10 { // where all put them
+		return binary.BigEndian.Uint32(o[4:]), binary.BigEndian.Uint32(o[8:]), true
+	}
+	if o = tcpOption(o, 8); len(o) == 8 {
+		return binary.BigEndian.Uint32(o), binary.BigEndian.Uint32(o[4:]), true
+	}
+	return 0, 0, false
+}
+
+// sackBlocks returns the blocks of a segment's SACK option, 8 bytes each
+// (RFC 2018 section 3).
+func sackBlocks(o []byte) []byte {
+	if len(o) >= 14 && o[0] == 1 && o[1] == 1 && o[2] == 8 && o[3] == 10 {
+		o = o[12:]
+	}
+	b := tcpOption(o, 5)
+	return b[:len(b)&^7]
+}
+
+// tcpOption returns the value of the option of a kind, or nil.
+func tcpOption(o []byte, kind byte) []byte {
+	for len(o) > 0 && o[0] != 0 {
+		if o[0] == 1 {
+			o = o[1:]
+			continue
+		}
+		if len(o) < 2 || o[1] < 2 || int(o[1]) > len(o) {
+			return nil
+		}
+		if o[0] == kind {
+			return o[2:o[1]]
+		}
+		o = o[o[1]:]
+	}
+	return nil
+}

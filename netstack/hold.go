@@ -1,0 +1,454 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// Reordering and the sender. Without RACK (see outage.go) gVisor takes a segment
+// for lost as soon as duplicate acknowledgements name two or three segments
+// behind it, and a tunnel whose packets take different roads makes such
+// acknowledgements all the time. So they wait here for a moment: when the
+// acknowledgement passes them, the segment was only late and nobody needs them
+// any more; when the moment has passed, gVisor gets them and recovers.
+//
+//	Input            flowTable.in
+//	duplicateLocked  a pure duplicate with SACK is kept, the window starts
+//	resolvedLocked   the acknowledgement moves on: the kept ones are dropped, and
+//	                 it is learned how late the segment was
+//	release          the window is over: the kept ones go to gVisor, and from
+//	                 now on, until all that was in flight then is acknowledged,
+//	                 duplicates pass, since recovery lives on them
+//
+// The window is that of RFC 8985 section 6.2 in spirit: small until reordering
+// was seen, then as long as segments were late, and back after a while without
+// evidence. Evidence is a late segment that was not sent again, or of which the
+// echoed timestamp says that the first transmission arrived (Eifel, RFC 3522),
+// or a duplicate that the peer reports (DSACK, RFC 2883).
+//
+// There is a second reason to keep SACK blocks from gVisor while it does not
+// recover: a segment that was reported arrived before the acknowledgement passed
+// it is never taken off gVisor's count of segments in flight, unless in recovery,
+// where the count is made anew. Reordering would so use up the congestion window,
+// until the connection is idle. So blocks that come outside of recovery with
+// acknowledgements that move on, or with data, are blanked out.
+//
+// All of it is bounded: holds many flows at once, heldAcks acknowledgements each,
+// holdMax long. Beyond, acknowledgements pass at once.
+
+const (
+	holdMin = time.Millisecond
+	// holdMax leaves the retransmission timer, 200 ms at least, far behind.
+	holdMax = 80 * time.Millisecond
+
+	// holdMemory is how long evidence counts, at least; twice that at most.
+	holdMemory = 10 * time.Second
+
+	holds    = 256
+	heldAcks = 32
+	ackSize  = 100 // IPv6 and the longest TCP header
+
+	dupThreshold = 3 // duplicates that gVisor wants, RFC 5681
+
+	// reorderPaths tells apart the clients of a stack that serves many.
+	reorderPaths = 64
+)
+
+// holdState is a flow's part.
+type holdState struct {
+	since int64 // when the first duplicate of una came, ns; 0: none
+	acks  *heldList
+
+	// open: duplicates pass, until recover is acknowledged.
+	open    bool
+	recover uint32
+
+	// judge: the next progress shows whether the recovery was for nothing.
+	// spurious: it was. restart: it has ended.
+	judge, spurious, restart bool
+
+	// again: [una, againEnd) may have been sent again, first with againTS.
+	again    bool
+	againEnd uint32
+	againTS  uint32
+	tsKnown  bool
+}
+
+// sentAgain notes a retransmission that ends before end. f has its timestamp.
+func (h *holdState) sentAgain(f *tcpFlow, end uint32) {
+	if !h.again {
+		h.again, h.againEnd, h.againTS, h.tsKnown = true, end, f.tsVal, f.ts
+	} else if before(h.againEnd, end) {
+		h.againEnd = end
+	}
+}
+
+// heldList is the acknowledgements held for a flow.
+type heldList struct {
+	set      *flowSet // whose flow it is
+	key      flowKey
+	deadline int64 // ns
+	at       int   // its place in holder.active
+
+	n    int
+	size [heldAcks]uint8
+	buf  [heldAcks][ackSize]byte
+}
+
+// add keeps b, an IP packet. When the list is full every second one goes: what
+// an acknowledgement says of arrived segments, its two successors repeat
+// (RFC 2018 section 4).
+func (l *heldList) add(b []byte) {
+	if l.n == heldAcks {
+		for i := range heldAcks / 2 {
+			l.size[i] = l.size[2*i+1]
+			l.buf[i] = l.buf[2*i+1]
+		}
+		l.n = heldAcks / 2
+	}
+	l.size[l.n] = uint8(copy(l.buf[l.n][:], b))
+	l.n++
+}
+
+// enough makes three duplicates of fewer, since gVisor counts them, while the
+// window has shown by time that the segment is lost (RFC 8985 section 6.2, and
+// RFC 5827 for the few segments of a small window). Each says a little more than
+// the one before, which is what gVisor wants of a duplicate.
+func (l *heldList) enough() {
+	if l.n == 0 || l.n >= dupThreshold {
+		return
+	}
+	ack, size := l.buf[0], l.size[0]
+	more := dupThreshold - l.n
+	copy(l.buf[more:], l.buf[:l.n])
+	copy(l.size[more:], l.size[:l.n])
+	for i := range more {
+		l.buf[i], l.size[i] = ack, size
+		p, ok := parseIP(l.buf[i][:size])
+		if !ok {
+			return // it was one when it came
+		}
+		tcp := p.payload()
+		b := sackBlocks(tcp[header.TCPMinimumSize : int(tcp[12]>>4)*4])
+		start, end := binary.BigEndian.Uint32(b), binary.BigEndian.Uint32(b[4:])
+		binary.BigEndian.PutUint32(b[4:], start+uint32(i+1)*((end-start)/dupThreshold))
+	}
+	l.n = dupThreshold
+}
+
+// holder owns the lists and the timer of all flows.
+type holder struct {
+	clock tcpip.Clock
+	fire  func() // releases what is due
+
+	mu     sync.Mutex
+	active []*heldList
+	free   []*heldList
+	timer  tcpip.Timer
+	armed  int64 // when the timer fires, ns; 0: it doesn't
+	closed bool
+}
+
+// get returns an empty list, or nil when there are too many.
+func (h *holder) get(s *flowSet, k *flowKey, now, deadline int64) *heldList {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed || len(h.active) >= holds {
+		return nil
+	}
+	var l *heldList
+	if n := len(h.free); n > 0 {
+		l, h.free = h.free[n-1], h.free[:n-1]
+	} else {
+		l = new(heldList)
+	}
+	l.set, l.key, l.deadline, l.n = s, *k, deadline, 0
+	l.at = len(h.active)
+	h.active = append(h.active, l)
+	h.armLocked(now, deadline)
+	return l
+}
+
+// armLocked sees to it that the timer fires at the deadline at the latest.
+func (h *holder) armLocked(now, deadline int64) {
+	if h.armed != 0 && h.armed <= deadline {
+		return
+	}
+	h.armed = deadline
+	d := time.Duration(max(deadline-now, 0))
+	if h.timer == nil {
+		h.timer = h.clock.AfterFunc(d, h.fire)
+		return
+	}
+	h.timer.Stop()
+	h.timer.Reset(d)
+}
+
+// remove takes a list away from those that wait.
+func (h *holder) remove(l *heldList) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	last := h.active[len(h.active)-1]
+	last.at = l.at
+	h.active[l.at] = last
+	h.active[len(h.active)-1] = nil
+	h.active = h.active[:len(h.active)-1]
+}
+
+// put takes back a list that was removed.
+func (h *holder) put(l *heldList) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.free = append(h.free, l)
+}
+
+// dueHold names a list that was due. It may have been given up since.
+type dueHold struct {
+	set *flowSet
+	key flowKey
+}
+
+// due appends the lists that are due and arms the timer for the others.
+func (h *holder) due(now int64, to []dueHold) []dueHold {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.armed = 0
+	if h.closed {
+		return to
+	}
+	next := int64(0)
+	for _, l := range h.active {
+		if l.deadline <= now {
+			to = append(to, dueHold{l.set, l.key})
+		} else if next == 0 || l.deadline < next {
+			next = l.deadline
+		}
+	}
+	if next != 0 {
+		h.armLocked(now, next)
+	}
+	return to
+}
+
+// close stops the timer for good.
+func (h *holder) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.closed = true
+	if h.timer != nil {
+		h.timer.Stop()
+	}
+}
+
+// duplicateLocked decides about b, an acknowledgement without data of what was
+// acknowledged before, while something is in flight.
+func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, now int64) (held bool) {
+	blocks := sackBlocks(options)
+	if len(blocks) < 8 || len(b) > ackSize {
+		return false // gVisor wants SACK for a duplicate, else it is a window update
+	}
+	path := t.path(f)
+	if reportsDuplicate(blocks, f.una) {
+		path.spurious(now)
+		if len(blocks) < 16 {
+			return false
+		}
+	}
+	h := &f.hold
+	if h.since == 0 {
+		h.since = now
+	}
+	if h.open {
+		return false
+	}
+	if h.acks == nil {
+		if h.acks = t.hold.get(s, &f.key, now, now+int64(path.window(now))); h.acks == nil {
+			h.openUntil(f.sent)
+			return false
+		}
+	}
+	h.acks.add(b)
+	t.counters.heldAcks.Add(1)
+	return true
+}
+
+func (h *holdState) openUntil(sent uint32) { h.open, h.recover, h.judge = true, sent, true }
+
+// resolvedLocked looks at an acknowledgement that moves on. It reports whether
+// the connection has just come out of a recovery that was for nothing.
+func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now int64) (restart bool) {
+	h := &f.hold
+	if h.restart {
+		h.restart, restart = false, true
+	}
+	if h.since != 0 {
+		late := !h.again || !before(f.una, h.againEnd)
+		if !late && h.tsKnown {
+			_, echo, ok := timestamps(options)
+			late = ok && before(echo, h.againTS)
+		}
+		if late {
+			t.path(f).late(time.Duration(now-h.since), now)
+		}
+		if h.judge {
+			h.judge, h.spurious = false, late
+		}
+		h.since = 0
+	}
+	if h.acks != nil {
+		t.counters.heldDropped.Add(uint64(h.acks.n))
+		t.hold.remove(h.acks)
+		t.hold.put(h.acks)
+		h.acks = nil
+	}
+	if h.again && !before(ack, h.againEnd) {
+		h.again = false
+	}
+	if h.open && !before(ack, h.recover) {
+		h.open, h.restart = false, h.spurious
+		h.spurious = false
+	}
+	return restart
+}
+
+// reportsDuplicate reports whether the first SACK block is a DSACK: below the
+// acknowledgement, or inside the second (RFC 2883 section 4).
+func reportsDuplicate(blocks []byte, ack uint32) bool {
+	start, end := binary.BigEndian.Uint32(blocks), binary.BigEndian.Uint32(blocks[4:])
+	if !before(ack, end) {
+		return true
+	}
+	return len(blocks) >= 16 && !before(start, binary.BigEndian.Uint32(blocks[8:])) &&
+		!before(binary.BigEndian.Uint32(blocks[12:]), end)
+}
+
+// stripSACK overwrites the SACK option of a TCP segment with no-operations.
+func stripSACK(tcp []byte) {
+	o := tcp[header.TCPMinimumSize : int(tcp[12]>>4)*4]
+	for len(o) > 0 && o[0] != 0 {
+		if o[0] == 1 {
+			o = o[1:]
+			continue
+		}
+		if len(o) < 2 || o[1] < 2 || int(o[1]) > len(o) {
+			return
+		}
+		n := int(o[1])
+		if o[0] == 5 {
+			for i := range n {
+				o[i] = 1
+			}
+		}
+		o = o[n:]
+	}
+}
+
+// releaseHeld hands over what has waited long enough. It is the timer's
+// function; Close waits for it.
+func (s *Stack) releaseHeld() {
+	s.mu.RLock()
+	if s.closed {
+		s.mu.RUnlock()
+		return
+	}
+	s.handlers.Add(1)
+	s.mu.RUnlock()
+	defer s.handlers.Done()
+	t := &s.dev.flows
+	var due [16]dueHold
+	for _, d := range t.hold.due(t.now(), due[:0]) {
+		l := t.release(d)
+		if l == nil {
+			continue
+		}
+		l.enough()
+		for i := range l.n {
+			if p, ok := parseIP(l.buf[i][:l.size[i]]); ok {
+				s.dev.deliver(&p, nil, len(p.b))
+			}
+		}
+		t.hold.put(l)
+	}
+}
+
+// release takes the list from the flow, unless it isn't due any more, and lets
+// duplicates pass from now on.
+func (t *flowTable) release(d dueHold) *heldList {
+	d.set.mu.Lock()
+	defer d.set.mu.Unlock()
+	f := d.set.findLocked(&d.key)
+	if f == nil || f.hold.acks == nil || f.hold.acks.deadline > t.now() {
+		return nil
+	}
+	l := f.hold.acks
+	f.hold.acks = nil
+	f.hold.openUntil(f.sent)
+	t.hold.remove(l)
+	t.counters.heldReleased.Add(uint64(l.n))
+	return l
+}
+
+// reorderPath is how late segments were lately.
+type reorderPath struct {
+	mu       sync.Mutex
+	now, old time.Duration // the most in this stretch of time and in the last
+	began    int64         // of this stretch, ns
+	reported int64         // the last spurious, ns
+}
+
+func (p *reorderPath) turnLocked(now int64) {
+	if age := now - p.began; age >= int64(2*holdMemory) {
+		p.now, p.old, p.began = 0, 0, now
+	} else if age >= int64(holdMemory) {
+		p.now, p.old, p.began = 0, p.now, now
+	}
+}
+
+// late notes a segment that came d after the first sign of its absence.
+func (p *reorderPath) late(d time.Duration, now int64) {
+	if d > holdMax {
+		return // nothing that waiting would help
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turnLocked(now)
+	p.now = max(p.now, d)
+}
+
+// spurious notes that something was sent again in vain. One recovery gives many
+// such reports, so they count once in a while.
+func (p *reorderPath) spurious(now int64) {
+	w := p.window(now)
+	p.mu.Lock()
+	again := now-p.reported < int64(holdMax)
+	if !again {
+		p.reported = now
+	}
+	p.mu.Unlock()
+	if !again {
+		p.late(min(w, holdMax), now)
+	}
+}
+
+// window returns how long duplicates are to be held.
+func (p *reorderPath) window(now int64) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turnLocked(now)
+	d := max(p.now, p.old)
+	return min(d+d/4+holdMin, holdMax)
+}
+
+// path is the flow's: all flows of a client share the tunnel, on a server those
+// of one client do.
+func (t *flowTable) path(f *tcpFlow) *reorderPath {
+	if !t.many {
+		return &t.paths[0]
+	}
+	r := &f.key.remote
+	return &t.paths[(r[3]^r[7]^r[13]^r[14]^r[15])%reorderPaths]
+}
