@@ -95,7 +95,10 @@ func startEngine(c Config) (*engine, error) {
 	log := &engineLog{logger: c.Logger, hidden: hidden}
 	s.SetLoggerV2(log, false, false, false)
 	s.Start()
-	ready := s.ReadyForConnections(startTimeout)
+	ready := false
+	for limit := time.Now().Add(startTimeout); !ready && log.fatal.Load() == nil && time.Now().Before(limit); {
+		ready = s.ReadyForConnections(100 * time.Millisecond)
+	}
 	addr := s.ClusterAddr()
 	fatal := log.fatal.Load()
 	if fatal == nil && (!ready || addr == nil) {

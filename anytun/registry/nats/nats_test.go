@@ -3,6 +3,7 @@ package nats
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net"
@@ -139,11 +140,16 @@ func (n *node) tell(client uint32, counter uint64) {
 // start runs a server until the test ends or stop is called.
 func start(t testing.TB, number uint16, c Config, h *memory) *node {
 	t.Helper()
+	return startHello(t, number, c, h, 500*time.Millisecond)
+}
+
+func startHello(t testing.TB, number uint16, c Config, h *memory, hello time.Duration) *node {
+	t.Helper()
 	b, err := New(c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.helloInterval, b.stepTimeout = 500*time.Millisecond, 3*time.Second
+	b.helloInterval, b.stepTimeout = hello, 3*time.Second
 	if h == nil {
 		h = newMemory()
 	}
@@ -253,6 +259,12 @@ func runTests(m *testing.M) int {
 	if helper() {
 		return 0
 	}
+	// Most of the time goes into waiting for elections, so run them all at once.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "12"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	code := m.Run()
 	if code != 0 {
 		return code
@@ -271,8 +283,10 @@ func runTests(m *testing.M) int {
 }
 
 func TestClusterForms(t *testing.T) {
+	t.Parallel()
 	for _, order := range [][]int{{0, 1, 2}, {2, 0, 1}} {
 		t.Run(fmt.Sprint(order), func(t *testing.T) {
+			t.Parallel()
 			begin := time.Now()
 			nodes, _ := cluster(t, order...)
 			t.Log("formed after", time.Since(begin))
@@ -280,7 +294,10 @@ func TestClusterForms(t *testing.T) {
 			nodes[1].PublishSeen([]registry.Seen{{Client: 1, Counter: 11}, {Client: 2, Counter: 5}})
 			nodes[2].PublishMapping(registry.Mapping{Client: 3, Protocol: 17, Inner: 53, Public: 2000, Since: 1})
 			eventually(t, "all know all", func() bool {
-				return nodes[1].at(1) == 10 && nodes[2].at(1) == 10 && knows(nodes[0], nodes[2], nodes[1])
+				h := nodes[0].memory
+				h.mu.Lock()
+				defer h.mu.Unlock()
+				return nodes[1].at(1) == 10 && nodes[2].at(1) == 10 && h.seen[1] == 11 && h.seen[2] == 5 && len(h.mappings) == 1
 			})
 			t.Log("told after", time.Since(begin))
 			mine, err := claims(t, nodes[0], block(5, 1))
@@ -307,14 +324,3 @@ func TestClusterForms(t *testing.T) {
 		})
 	}
 }
-
-// knows says whether the first two heard of the third's and second's.
-func knows(a, b, c *node) bool {
-	a.mu().Lock()
-	defer a.mu().Unlock()
-	return a.memory.seen[2] == 5 && len(a.memory.mappings) == 1 && b != nil && c != nil
-}
-
-func (n *node) mu() *sync.Mutex { return &n.memory.mu }
-
-func helper() bool { return false }

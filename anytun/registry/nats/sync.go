@@ -161,9 +161,7 @@ func (b *Bus) answer(ctx context.Context, msg *nats.Msg, h registry.Handler) {
 		b.counters.Drop(registry.DropForged, 1)
 		return
 	}
-	// Who asked long ago has given up. Clocks may differ, so a queue is all that
-	// this is about, not authenticity.
-	if age := time.Since(asked).Abs(); age > registry.Fresh {
+	if time.Since(asked).Abs() > registry.Fresh {
 		b.counters.Drop(registry.DropStale, 1)
 		return
 	}
