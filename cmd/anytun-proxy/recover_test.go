@@ -219,4 +219,5 @@ func TestRecover(t *testing.T) {
 		return tun.news.gap == 0
 	})
 	tun.onSuspect(false)
+	eventually(t, "the SYN again", func() bool { return tun.stack.Stats().GapResent > 0 })
 }
