@@ -46,12 +46,17 @@ func bigPacket(rng *rand.Rand, kind, n int) []byte {
 		return ip6(HopByHop, extension(DestOptions, 1, extension(UDP, 0, u)))
 	case 4:
 		return ip4(UDP, u, 1, 1, 1, 1)
+	case 6:
+		return ip4(UDP, u, 136, 4, 1, 2)
+	case 7: // a routing header behind one that is measured otherwise
+		ah := append([]byte{uint8(Routing), 2}, make([]byte, 14)...)
+		return ip6(AH, append(ah, extension(UDP, 0, u)...))
 	default:
 		return ip6(HopByHop, extension(DestOptions, 0, extension(Routing, 0, extension(DestOptions, 0, extension(UDP, 1, u)))))
 	}
 }
 
-const kinds = 6
+const kinds = 8
 
 // TestFragment checks every piece by itself, with gVisor for a witness, and the whole
 // against a twin that puts bytes where the offsets say.
@@ -120,7 +125,7 @@ func TestFragment(t *testing.T) {
 				if end := pkt[len(pkt)-len(got):]; !bytes.Equal(got, end) {
 					t.Fatalf("%s: other bytes", name)
 				}
-				if kind%2 == 1 && len(pkt)-len(got) != map[int]int{1: 40, 3: 56, 5: 64}[kind] {
+				if kind%2 == 1 && len(pkt)-len(got) != map[int]int{1: 40, 3: 56, 5: 64, 7: 64}[kind] {
 					t.Fatalf("%s: %d bytes repeated", name, len(pkt)-len(got))
 				}
 			}
