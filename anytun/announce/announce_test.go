@@ -231,6 +231,8 @@ func TestCheckHangs(t *testing.T) {
 			return nil
 		},
 	})
+	release := sync.OnceFunc(func() { close(hang) })
+	t.Cleanup(release)
 	h.await("announce", "withdraw")
 	if st := h.a.Status(); st.Healthy || st.Why != errHung.Error() {
 		t.Errorf("status: %+v", st)
@@ -238,11 +240,36 @@ func TestCheckHangs(t *testing.T) {
 	if n := running.Load(); n != 1 {
 		t.Errorf("%d checks at once", n)
 	}
-	close(hang)
+	release()
 	h.await("announce", "withdraw", "announce")
 	h.end()
 	if n := running.Load(); n != 0 {
 		t.Errorf("%d checks outlive Run", n)
+	}
+}
+
+// The end waits for a check that is slow to notice it.
+func TestEndWaitsForCheck(t *testing.T) {
+	var running atomic.Bool
+	h := newHooked(t, Config{
+		Timeout: time.Hour,
+		Check: func(ctx context.Context) error {
+			running.Store(true)
+			defer running.Store(false)
+			<-ctx.Done()
+			time.Sleep(100 * time.Millisecond)
+			return ctx.Err()
+		},
+	})
+	until(t, func() string {
+		if !running.Load() {
+			return "no check"
+		}
+		return ""
+	})
+	h.end()
+	if running.Load() {
+		t.Error("a check outlives Run")
 	}
 }
 
