@@ -18,7 +18,8 @@ var vectors = []struct {
 	hex     string
 }{
 	{
-		"location", Message{Type: TypeLocation, Locations: []Location{{
+		"location",
+		Message{Type: TypeLocation, Locations: []Location{{
 			Client: 0x01020304, Session: 0x1112131415161718, Epoch: 0x21, Counter: 0x3132333435363738,
 			Endpoint: netip.MustParseAddrPort("192.0.2.1:4660"), Local: netip.MustParseAddrPort("[2001:db8::1]:4444"),
 			Server: 0x4142, Left: true,

@@ -258,11 +258,19 @@ func (w *watcher) watch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	entries, err := kv.WatchAll(ctx)
+	// The context is for the beginning and for all of it, and whoever was asked
+	// to begin may be dead.
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	late := time.AfterFunc(claimTimeout, stop)
+	entries, err := kv.WatchAll(watching)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = entries.Stop() }()
+	if !late.Stop() {
+		return errNoAnswer
+	}
 	again := time.NewTicker(10 * time.Second)
 	defer again.Stop()
 	w.spread = false
@@ -283,6 +291,9 @@ func (w *watcher) watch(ctx context.Context) error {
 				found = nil
 			}
 		case <-again.C:
+			if found != nil { // a bucket is read in less
+				return errNoAnswer
+			}
 			if !w.spread {
 				asking, asked := context.WithTimeout(ctx, claimTimeout)
 				w.spread = b.spread(asking)
