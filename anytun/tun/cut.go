@@ -157,7 +157,7 @@ func finish(b []byte, l *layout, v vnet) bool {
 	if start == l.l4 && l.covered && (l.proto == protoTCP || l.proto == protoUDP) {
 		return true
 	}
-	if at+2 > len(b) {
+	if start < l.l4 || at+2 > len(b) {
 		return false
 	}
 	// The field takes part: it holds the sum of the pseudo header.

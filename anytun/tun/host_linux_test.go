@@ -221,7 +221,8 @@ func TestDown(t *testing.T) {
 func hostSpace(t *testing.T) *space {
 	t.Helper()
 	s := newSpace(t)
-	s.run(fmt.Sprintf("ip addr add %s dev lo; ip addr add %s dev lo", single(service4), single(service6)))
+	s.addr(prefix(single(service4)), "lo")
+	s.addr(prefix(single(service6)), "lo")
 	return s
 }
 
@@ -268,10 +269,10 @@ func TestUpRefuses(t *testing.T) {
 func TestKilled(t *testing.T) {
 	s, dst := hostSpace(t), newSpace(t)
 	s.join("wan", dst, "eth0")
-	s.run("ip addr add 192.0.2.1/24 dev wan; ip addr add 2001:db8:2::1/64 dev wan; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
-	dst.run(`ip addr add 192.0.2.2/24 dev eth0; ip addr add 2001:db8:2::2/64 dev eth0
+	s.run("ip addr add 192.0.2.1/24 dev wan; ip addr add 2001:db8:2::1/64 dev wan nodad; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+	dst.run(`ip addr add 192.0.2.2/24 dev eth0; ip addr add 2001:db8:2::2/64 dev eth0 nodad
 		ip route add default via 192.0.2.1; ip -6 route add default via 2001:db8:2::1`)
-	dst.run("ping -n -c 1 -W 20 192.0.2.1; ping -n -c 1 -W 20 2001:db8:2::1")
+	dst.reach("192.0.2.1", "2001:db8:2::1")
 	before := s.settled()
 
 	// silent fails if a connection attempt is answered; only the tunnel may.
@@ -303,7 +304,7 @@ func TestKilled(t *testing.T) {
 		}
 		kill()
 		silent("killed")
-		s.run("ping -n -c 1 -W 20 127.0.0.1; ping -n -c 1 -W 20 ::1; ping -n -c 1 -W 20 192.0.2.2") // the host itself lives
+		s.reach("127.0.0.1", "::1", "192.0.2.2") // the host itself lives
 	}
 
 	// With a different configuration, and in the middle of moving rule 0.

@@ -3,7 +3,6 @@ package tun
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -43,14 +42,15 @@ func newWorld(t *testing.T, egress []string, service []netip.AddrPort) *world {
 	w.server.run(`
 		sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
 		ip addr add 192.0.2.1/24 dev wan
-		ip addr add 2001:db8:2::1/64 dev wan`)
+		ip addr add 2001:db8:2::1/64 dev wan nodad`)
 	w.dst.run(`
 		ip addr add 192.0.2.2/24 dev eth0
-		ip addr add 2001:db8:2::2/64 dev eth0
+		ip addr add 2001:db8:2::2/64 dev eth0 nodad
 		ip route add default via 192.0.2.1
 		ip -6 route add default via 2001:db8:2::1`)
+	w.server.reach("192.0.2.2", "2001:db8:2::2")
 	for _, a := range service {
-		w.server.run(fmt.Sprintf("ip addr add %s/%d dev lo", a.Addr(), a.Addr().BitLen()))
+		w.server.addr(netip.PrefixFrom(a.Addr(), a.Addr().BitLen()), "lo")
 	}
 	w.in = w.client.open(Config{Name: "tun0", Headroom: testHead, Tailroom: testTail})
 	w.out = w.server.open(Config{Name: "tun0", Headroom: testHead, Tailroom: testTail})
@@ -58,7 +58,7 @@ func newWorld(t *testing.T, egress []string, service []netip.AddrPort) *world {
 	for _, a := range egress {
 		p := netip.MustParsePrefix(a)
 		h.Egress = append(h.Egress, p)
-		w.client.run(fmt.Sprintf("ip addr add %s dev tun0", p))
+		w.client.addr(p, "tun0")
 	}
 	w.client.run("ip route add default dev tun0; ip -6 route add default dev tun0")
 	w.down = w.server.up(h)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -96,6 +97,26 @@ func (s *space) join(name string, other *space, otherName string) {
 	})
 	for at, n := range map[*space]string{s: name, other: otherName} {
 		at.run("sysctl -qw net.ipv6.conf." + n + ".accept_dad=0; ip link set " + n + " up")
+	}
+}
+
+// addr adds an address that can be used at once. (IPv6 looks for duplicates
+// first, in the background; meanwhile the kernel takes ::1 for source.)
+func (s *space) addr(p netip.Prefix, dev string) {
+	s.t.Helper()
+	nodad := ""
+	if p.Addr().Is6() {
+		nodad = " nodad"
+	}
+	s.run("ip addr add " + p.String() + " dev " + dev + nodad)
+}
+
+// reach waits until the hosts answer: links and neighbours take their time, and
+// lose packets meanwhile.
+func (s *space) reach(addrs ...string) {
+	s.t.Helper()
+	for _, a := range addrs {
+		s.run("for i in $(seq 60); do ping -n -c 1 -W 1 " + a + " >/dev/null 2>&1 && exit 0; sleep 0.1; done; echo no answer; exit 1")
 	}
 }
 
