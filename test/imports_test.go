@@ -19,25 +19,26 @@ const module = "github.com/anytun-go/anytun/"
 // packages of the module it may import outside its tests. A package that is
 // not listed here fails the test, so a new package starts with a decision.
 var mayImport = map[string][]string{
-	"anytun":           {}, // the package comment with the map, no code
-	"anytun/wire":      {},
-	"anytun/packet":    {},
-	"anytun/portblock": {},
-	"anytun/udp":       {},
-	"anytun/session":   {"anytun/wire"},
-	"anytun/nat":       {"anytun/packet"},
-	"anytun/tun":       {},
-	"anytun/registry":  {},
-	"anytun/announce":  {},
-	"anytun/client":    {"anytun/wire", "anytun/session", "anytun/udp"},
+	"anytun":               {}, // the package comment with the map, no code
+	"anytun/wire":          {},
+	"anytun/packet":        {},
+	"anytun/portblock":     {},
+	"anytun/udp":           {},
+	"anytun/session":       {"anytun/wire"},
+	"anytun/nat":           {"anytun/packet"},
+	"anytun/tun":           {},
+	"anytun/registry":      {},
+	"anytun/registry/nats": {"anytun/registry"},
+	"anytun/announce":      {},
+	"anytun/client":        {"anytun/wire", "anytun/session", "anytun/udp"},
 	"anytun/server": {
 		"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/nat", "anytun/registry",
 		"anytun/udp", "netstack",
 	},
-	"netstack":         {},
-	"proxy":            {},
-	"proxy/socks5":     {"proxy"},
-	"proxy/httpproxy":  {"proxy"},
+	"netstack":        {},
+	"proxy":           {},
+	"proxy/socks5":    {"proxy"},
+	"proxy/httpproxy": {"proxy"},
 	// What both programs do alike: settings, signals, the admin page, and its
 	// counters, which are those of the engines.
 	"cmd":         {"anytun/server", "anytun/udp", "netstack"},
@@ -51,10 +52,10 @@ var mayImport = map[string][]string{
 		"cmd", "anytun/wire", "anytun/session", "anytun/server", "anytun/udp", "anytun/portblock", "anytun/tun",
 		"anytun/registry", "anytun/registry/nats", "anytun/announce", // the cluster is a server's alone
 	},
-	"test/simnet":       {"anytun/udp"},
-	"test/e2e":          {}, // test files only, here and below: they may import anything
-	"test/gateway":      {},
-	"test/lab":          {},
+	"test/simnet":  {"anytun/udp"},
+	"test/e2e":     {}, // test files only, here and below: they may import anything
+	"test/gateway": {},
+	"test/lab":     {},
 }
 
 // pure are the packages that see nothing but the standard library, so that a
@@ -66,6 +67,9 @@ var onlyImporter = map[string]string{
 	"gvisor.dev/gvisor":              "netstack",
 	"github.com/things-go/go-socks5": "proxy/socks5",
 	"github.com/flynn/noise":         "anytun/session",
+	"github.com/osrg/gobgp":          "anytun/announce",
+	"github.com/nats-io":             "anytun/registry/nats",
+	"github.com/vishvananda/netlink": "anytun/tun",
 }
 
 // mustNotLink names what a binary must not pull in, even indirectly, and why.

@@ -125,14 +125,11 @@ func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time
 	if e.isReply(v) {
 		return TunDropProtocol // nobody outside can ask a client
 	}
-	port := v.SourcePort
+	inner := v.SourcePort
+	port := inner
 	if e.AnyPort(client) {
-		place, ok := e.Plan.Of(client)
+		public, ok := e.mapPort(client, v)
 		if !ok {
-			return TunDropPort
-		}
-		public, why := e.nat.Outward(client, v.Protocol, port, v.TCPFlags, place.First, place.Last)
-		if why != nat.Mapped {
 			return TunDropNAT
 		}
 		v.SetSourcePort(public)
@@ -140,6 +137,9 @@ func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time
 	}
 	address, ok := e.Plan.Outward(client, port, v.Version == 6, e.Leases)
 	if !ok {
+		if port != inner { // mapped to a block whose lease has ended
+			e.nat.Forget(client, port, port)
+		}
 		return TunDropPort
 	}
 	v.SetSource(address)
@@ -150,6 +150,27 @@ func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time
 	return tunPass
 }
 
+// mapPort finds the public port of an any-port client's packet, in its own block
+// or else in those it has leased.
+func (e *tunEgress) mapPort(client uint32, v *packet.View) (public uint16, ok bool) {
+	place, ok := e.Plan.Of(client)
+	if !ok {
+		return 0, false
+	}
+	public, why := e.nat.Outward(client, v.Protocol, v.SourcePort, v.TCPFlags, place.First, place.Last)
+	if why == nat.NoPorts {
+		for _, block := range e.Leases.Blocks(client) {
+			if place, ok = e.Plan.Block(block); !ok {
+				continue
+			}
+			if public, why = e.nat.Outward(client, v.Protocol, v.SourcePort, v.TCPFlags, place.First, place.Last); why != nat.NoPorts {
+				break
+			}
+		}
+	}
+	return public, why == nat.Mapped
+}
+
 // translateErrorOut does the same to an ICMP error of a client and to the packet
 // from outside that it quotes.
 func (e *tunEgress) translateErrorOut(v, q *packet.View, client uint32) TunDrop {
@@ -158,15 +179,10 @@ func (e *tunEgress) translateErrorOut(v, q *packet.View, client uint32) TunDrop 
 	}
 	port := q.DestinationPort
 	if e.AnyPort(client) {
-		place, ok := e.Plan.Of(client)
-		if !ok {
-			return TunDropPort
+		var ok bool
+		if port, ok = e.nat.Public(client, q.Protocol, port); !ok {
+			return TunDropQuote
 		}
-		public, why := e.nat.Outward(client, q.Protocol, port, q.TCPFlags, place.First, place.Last)
-		if why != nat.Mapped {
-			return TunDropNAT
-		}
-		port = public
 	}
 	address, ok := e.Plan.Outward(client, port, v.Version == 6, e.Leases)
 	if !ok {
