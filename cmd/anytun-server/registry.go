@@ -25,7 +25,7 @@ import (
 const registryMemory = "memory"
 
 // A server's number is leased for numberLease and renewed every numberRenew. A
-// server that was killed leaves its number for that long.
+// server that was killed blocks its number for that long, for others.
 const (
 	numberLease = 10 * time.Minute
 	numberRenew = 3 * time.Minute
@@ -128,6 +128,17 @@ func serverName(listen string) string {
 	return name
 }
 
+// owner identifies this server in the claim for its number: a server with an
+// address of its own is the same when it starts again, and gets the number that
+// it had.
+func (r *registryConfig) owner() uint32 {
+	b := sha256.Sum256([]byte(serverName(r.listen)))
+	if r.listen == "" {
+		_, _ = rand.Read(b[:]) // never fails: crypto/rand
+	}
+	return binary.BigEndian.Uint32(b[:]) | 1
+}
+
 // numberHolder keeps this server's number.
 type numberHolder struct {
 	registry registry.Registry
@@ -137,16 +148,10 @@ type numberHolder struct {
 
 // leaseNumber gets a number that no other server of the cluster has. It waits
 // until the registry can say so.
-func leaseNumber(ctx context.Context, reg registry.Registry, logger *slog.Logger) (*numberHolder, error) {
+func leaseNumber(ctx context.Context, reg registry.Registry, owner uint32, logger *slog.Logger) (*numberHolder, error) {
 	ctx, cancel := context.WithTimeout(ctx, numberWait)
 	defer cancel()
-	var b [4]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return nil, fmt.Errorf("server number: %w", err)
-	}
-	h := &numberHolder{registry: reg, log: logger, claim: registry.Claim{
-		Kind: registry.ClaimServer, Index: 1, Owner: binary.BigEndian.Uint32(b[:]) | 1,
-	}}
+	h := &numberHolder{registry: reg, log: logger, claim: registry.Claim{Kind: registry.ClaimServer, Index: 1, Owner: owner}}
 	told := false
 	for {
 		h.claim.Until = time.Now().Add(numberLease).Round(0)
