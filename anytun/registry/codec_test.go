@@ -28,23 +28,28 @@ var vectors = []struct {
 			"20010db8000000000000000000000001 115c 4142 13",
 	},
 	{
-		"location without endpoints", Message{Type: TypeLocation, Locations: []Location{{Client: 1}}},
+		"location without endpoints",
+		Message{Type: TypeLocation, Locations: []Location{{Client: 1}}},
 		"01 00000001 0000000000000000 00 0000000000000000 " + strings.Repeat("00", 36) + "0000 00",
 	},
 	{
-		"seen", Message{Type: TypeSeen, Seen: []Seen{{1, 2}, {3, 4}}},
+		"seen",
+		Message{Type: TypeSeen, Seen: []Seen{{1, 2}, {3, 4}}},
 		"02 00000001 0000000000000002 00000003 0000000000000004",
 	},
 	{
-		"mapping", Message{Type: TypeMapping, Mappings: []Mapping{{Client: 1, Protocol: 17, Inner: 0x1234, Public: 0x5678, Since: 9}}},
+		"mapping",
+		Message{Type: TypeMapping, Mappings: []Mapping{{Client: 1, Protocol: 17, Inner: 0x1234, Public: 0x5678, Since: 9}}},
 		"03 00000001 11 1234 5678 0000000000000009",
 	},
 	{
-		"claim", Message{Type: TypeClaim, Claims: []Claim{{Kind: ClaimServer, Index: 5, Owner: 6, Until: time.Unix(1, 2)}}},
+		"claim",
+		Message{Type: TypeClaim, Claims: []Claim{{Kind: ClaimServer, Index: 5, Owner: 6, Until: time.Unix(1, 2)}}},
 		"04 02 00000005 00000006 000000003b9aca02",
 	},
 	{
-		"release", Message{Type: TypeRelease, Claims: []Claim{{Kind: ClaimBlock, Index: 5, Owner: 6, Until: time.Unix(0, 0)}}},
+		"release",
+		Message{Type: TypeRelease, Claims: []Claim{{Kind: ClaimBlock, Index: 5, Owner: 6, Until: time.Unix(0, 0)}}},
 		"05 01 00000005 00000006 0000000000000000",
 	},
 	{"hello", Message{Type: TypeHello, Hello: Hello{Peer: 7, Age: 8}}, "06 0000000000000007 00000008"},

@@ -27,7 +27,6 @@ type memory struct {
 	seen      map[uint32]uint64
 	mappings  map[registry.Mapping]bool
 	claims    map[string]registry.Claim
-	heard     int           // Locations, new or not
 	block     chan struct{} // not nil: Location waits for it
 }
 
@@ -44,7 +43,6 @@ func (h *memory) Location(l registry.Location) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.heard++
 	if old, ok := h.locations[l.Client]; !ok || l.Newer(old) {
 		h.locations[l.Client] = l
 	}
