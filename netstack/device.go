@@ -115,8 +115,10 @@ func (d *device) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	b := d.batch()
 	now := d.flows.now()
 	for _, p := range list {
-		d.flows.out(p, now)
-		b.put(p)
+		held, strip := d.flows.out(p, now)
+		if !held {
+			b.put(p, strip)
+		}
 	}
 	b.done()
 	return len(list), nil
@@ -169,14 +171,19 @@ func (b *batch) done() {
 }
 
 // put appends a packet of gVisor's, cut into segments if it is a super-segment.
-func (b *batch) put(p *stack.PacketBuffer) {
+// strip blanks the SACK blocks of a TCP packet (mute.go).
+func (b *batch) put(p *stack.PacketBuffer, strip bool) {
 	c := cursorOf(p)
 	if mss := int(p.GSOOptions.MSS); p.GSOOptions.Type != stack.GSONone && p.Data().Size() > mss && mss > 0 {
-		b.cut(&c, len(p.NetworkHeader().Slice()), p.Size()-p.Data().Size(), p.Data().Size(), mss)
+		b.cut(&c, len(p.NetworkHeader().Slice()), p.Size()-p.Data().Size(), p.Data().Size(), mss, strip)
 		return
 	}
 	if n := p.Size(); n <= int(b.dev.mtu) {
-		c.read(b.next(n))
+		to := b.next(n)
+		c.read(to)
+		if strip {
+			stripSACK(to[len(p.NetworkHeader().Slice()):])
+		}
 	} else {
 		b.dev.counters.dropOversize.Add(1)
 	}
@@ -185,7 +192,7 @@ func (b *batch) put(p *stack.PacketBuffer) {
 // cut appends the segments of a super-segment: IP header of ipLen bytes, IP
 // and TCP header of hdrLen bytes, then dataLen bytes of payload, of which each
 // segment takes mss.
-func (b *batch) cut(c *cursor, ipLen, hdrLen, dataLen, mss int) {
+func (b *batch) cut(c *cursor, ipLen, hdrLen, dataLen, mss int, strip bool) {
 	var hdr [maxHeaders]byte
 	if hdrLen > len(hdr) || hdrLen+mss > int(b.dev.mtu) {
 		b.dev.counters.dropOversize.Add(1)
@@ -194,6 +201,9 @@ func (b *batch) cut(c *cursor, ipLen, hdrLen, dataLen, mss int) {
 	h := hdr[:hdrLen]
 	c.read(h)
 	tcp := h[ipLen:]
+	if strip {
+		stripSACK(tcp)
+	}
 	v4 := h[0]>>4 == 4
 	id := binary.BigEndian.Uint16(h[4:])
 	seq := binary.BigEndian.Uint32(tcp[4:])

@@ -5,6 +5,7 @@ import (
 	"hash/maphash"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -54,6 +55,18 @@ type tcpFlow struct {
 	unaKnown bool
 	hold     holdState
 
+	// What the peer sent.
+	high   uint32 // one past the highest byte
+	newest uint32 // its latest timestamp, if ts
+	mute   muteState
+
+	// rtt is the shortest round trip seen, 0 if none. timing: the acknowledgement
+	// of timedEnd, sent at timedAt, will tell another.
+	rtt      time.Duration
+	timing   bool
+	timedEnd uint32
+	timedAt  int64
+
 	// received is when data came in last, ns.
 	received int64
 
@@ -76,8 +89,8 @@ type flowTable struct {
 	sets  [flowSets]atomic.Pointer[flowSet] // nil: never used
 	now   func() int64                      // ns, monotonic
 	hold  holder
-	paths [reorderPaths]reorderPath
-	many  bool // paths are told apart by the remote address
+	paths [reorderPaths]struct{ out, in reorderPath } // of data sent, of data received
+	many  bool                                        // paths are told apart by the remote address
 
 	suspect  atomic.Bool
 	counters *counters // the device's
@@ -128,9 +141,11 @@ func (t *flowTable) claimLocked(s *flowSet, k *flowKey) *tcpFlow {
 
 // forgetLocked empties an entry.
 func (t *flowTable) forgetLocked(f *tcpFlow) {
-	if l := f.hold.acks; l != nil {
-		t.hold.remove(l)
-		t.hold.put(l)
+	for _, l := range []*heldList{f.hold.acks, f.mute.acks} {
+		if l != nil {
+			t.hold.remove(l)
+			t.hold.put(l)
+		}
 	}
 	*f = tcpFlow{}
 }
@@ -165,57 +180,71 @@ func inKey(ip, tcp []byte) (k flowKey) {
 	return k
 }
 
-// out notes a packet of gVisor's that is about to leave.
-func (t *flowTable) out(p *stack.PacketBuffer, now int64) {
+// out notes a packet of gVisor's that is about to leave. held: it is not to
+// leave now. strip: without its SACK blocks.
+func (t *flowTable) out(p *stack.PacketBuffer, now int64) (held, strip bool) {
 	if p.TransportProtocolNumber != header.TCPProtocolNumber {
-		return
+		return false, false
 	}
 	ip, tcp := p.NetworkHeader().Slice(), p.TransportHeader().Slice()
 	if len(ip) < header.IPv4MinimumSize || ip[0]>>4 != 4 && len(ip) < header.IPv6MinimumSize || len(tcp) < header.TCPMinimumSize {
-		return
+		return false, false
 	}
 	k := outKey(ip, tcp)
 	flags := tcp[13]
 	s := t.set(&k, flags&flagRST == 0)
 	if s == nil {
-		return
+		return false, false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f := s.findLocked(&k)
-	seq := binary.BigEndian.Uint32(tcp[4:])
+	seq, ack := binary.BigEndian.Uint32(tcp[4:]), binary.BigEndian.Uint32(tcp[8:])
 	switch {
 	case flags&flagRST != 0:
 		if f != nil {
 			t.forgetLocked(f)
 		}
-		return
+		return false, false
 	case f == nil:
 		f = t.claimLocked(s, &k)
-		f.sent = seq
+		f.sent, f.ack, f.high = seq, ack, ack
 	case flags&flagSYN != 0 && seq != f.una-1 && f.sent != seq+1: // a new connection
 		t.forgetLocked(f)
-		f.key, f.sent = k, seq
+		f.key, f.sent, f.ack, f.high = k, seq, ack, ack
 	}
 	f.used = now
-	f.ack = binary.BigEndian.Uint32(tcp[8:])
 	f.window = binary.BigEndian.Uint16(tcp[14:])
-	f.tsVal, f.tsE, f.ts = timestamps(tcp[header.TCPMinimumSize:])
+	options := tcp[header.TCPMinimumSize:]
+	f.tsVal, f.tsE, f.ts = timestamps(options)
 	end := seq + uint32(p.Data().Size())
 	if flags&(flagSYN|flagFIN) != 0 {
 		end++
 	}
+	if before(f.ack, ack) {
+		t.filledLocked(f, ack, now)
+	} else if ack == f.ack && end == seq && len(options) > 12 {
+		if held = t.complaintLocked(s, f, p, options, now); held {
+			return held, false
+		}
+	}
+	f.ack = ack
+	strip = !f.mute.open && len(options) > 12 && flags&flagSYN == 0
 	if end == seq {
-		return
+		return false, strip
 	}
 	again := before(seq, f.sent)
 	if again {
+		f.timing = false // Karn's rule
 		f.hold.sentAgain(f, end)
+	} else if !f.timing {
+		f.timing, f.timedEnd, f.timedAt = true, end, now
 	}
 	if before(f.sent, end) {
 		f.sent = end
 	}
 	f.keepFirst(p, seq, end, again, t.suspect.Load())
+	return false, strip
 }
 
 // verdict is what in wants to happen to a packet.
@@ -229,9 +258,9 @@ const (
 	passRestart
 )
 
-// in notes a TCP packet that arrives, or the first of a run. strip says that
-// gVisor is not to see its SACK blocks.
-func (t *flowTable) in(p *packet, now int64) (v verdict, strip bool) {
+// in notes a TCP packet that arrives, or the first of a run, of which more bytes
+// follow. strip says that gVisor is not to see its SACK blocks.
+func (t *flowTable) in(p *packet, more int, now int64) (v verdict, strip bool) {
 	tcp := p.payload()
 	if len(tcp) < header.TCPMinimumSize {
 		return pass, false
@@ -252,20 +281,33 @@ func (t *flowTable) in(p *packet, now int64) (v verdict, strip bool) {
 		return pass, false
 	}
 	f.used = now
-	if len(tcp) > hl {
+	options := tcp[header.TCPMinimumSize:hl]
+	if n := len(tcp) - hl + more; n > 0 {
 		f.received = now
+		if end := binary.BigEndian.Uint32(tcp[4:]) + uint32(n); before(f.high, end) {
+			f.high = end
+		}
+		if v, _, ok := timestamps(options); ok && (before(f.newest, v) || f.newest == 0) {
+			f.newest = v
+		}
+	}
+	ack := binary.BigEndian.Uint32(tcp[8:])
+	if f.timing && tcp[13]&flagACK != 0 && !before(ack, f.timedEnd) {
+		f.timing = false
+		if d := time.Duration(now - f.timedAt); f.rtt == 0 || d < f.rtt {
+			f.rtt = d
+		}
 	}
 	if tcp[13]&(flagACK|flagSYN|flagRST) != flagACK {
 		return pass, false
 	}
-	ack := binary.BigEndian.Uint32(tcp[8:])
 	switch {
 	case !f.unaKnown:
 		f.una, f.unaKnown = ack, true
 	case before(f.una, ack) && !before(f.sent, ack):
-		v = t.advancedLocked(f, ack, tcp[header.TCPMinimumSize:hl], now)
+		v = t.advancedLocked(f, ack, options, now)
 	case ack == f.una && ack != f.sent && len(tcp) == hl && tcp[13]&^flagECE == flagACK:
-		if t.duplicateLocked(s, f, p.b, tcp[header.TCPMinimumSize:hl], now) {
+		if t.duplicateLocked(s, f, p.b, options, now) {
 			return held, false
 		}
 	}

@@ -24,7 +24,8 @@ type kernel struct {
 	tun   *os.File
 	cut   atomic.Bool // nothing gets through
 
-	acksLost atomic.Bool // nothing gets out of the stack
+	// out and in, if set, carry the packets between stack and device.
+	out, in *roads
 }
 
 var (
@@ -36,7 +37,7 @@ var (
 
 // newKernel skips the test where namespaces can't be made, unless they must.
 // Sockets are made by the functions given to do, which run in the namespace.
-func newKernel(t *testing.T) (k *kernel, do func(func() error)) {
+func newKernel(t *testing.T, delays ...time.Duration) (k *kernel, do func(func() error)) {
 	t.Helper()
 	k = new(kernel)
 	jobs := make(chan func() error)
@@ -61,6 +62,16 @@ func newKernel(t *testing.T) (k *kernel, do func(func() error)) {
 	}
 	if err := k.stack.SetAddresses([]netip.Addr{tunnel4, tunnel6}); err != nil {
 		t.Fatal(err)
+	}
+	if len(delays) > 0 {
+		k.in = newRoads(k.stack.Input, delays...)
+		k.out = newRoads(func(pkts [][]byte) {
+			for _, b := range pkts {
+				_, _ = k.tun.Write(b)
+			}
+		}, delays...)
+		t.Cleanup(k.in.close)
+		t.Cleanup(k.out.close)
 	}
 	read := make(chan struct{})
 	go func() { defer close(read); k.readLoop() }()
@@ -112,7 +123,7 @@ func (k *kernel) open() error {
 
 // output is Config.Output.
 func (k *kernel) output(pkts [][]byte) {
-	if k.cut.Load() || k.acksLost.Load() {
+	if k.cut.Load() {
 		return
 	}
 	for _, b := range pkts {
@@ -125,6 +136,10 @@ func (k *kernel) output(pkts [][]byte) {
 			clear(tcp[16:18])
 			binary.BigEndian.PutUint16(tcp[16:], ^fold(sum(pseudoSum(p.source(), p.destination(), protoTCP, len(tcp)), tcp)))
 		}
+		if k.out != nil {
+			k.out.send(b)
+			continue
+		}
 		_, _ = k.tun.Write(b) // a full queue loses packets
 	}
 }
@@ -136,7 +151,11 @@ func (k *kernel) readLoop() {
 		if err != nil {
 			return
 		}
-		if !k.cut.Load() {
+		switch {
+		case k.cut.Load():
+		case k.in != nil:
+			k.in.send(buf[:n])
+		default:
 			k.stack.Input([][]byte{buf[:n]})
 		}
 	}
@@ -229,6 +248,52 @@ func TestGapLinux(t *testing.T) {
 	if os.Getenv("ANYTUN_GAP") != "" { // for comparison
 		for i, d := range measure(false) {
 			t.Logf("%s: without Resume, goes on after %v", streams[i].name, d)
+		}
+	}
+}
+
+// One transfer whose packets take three roads, with Linux at the other end.
+func TestRoadsLinux(t *testing.T) {
+	if os.Getenv("E_ROADS") == "" {
+		t.Skip()
+	}
+	ms := time.Millisecond
+	for _, delays := range [][]time.Duration{{5 * ms}, {5 * ms, 5 * ms, 5 * ms}, {5 * ms, 6 * ms, 8 * ms}, {5 * ms, 10 * ms, 20 * ms}, {10 * ms, 40 * ms, 70 * ms}} {
+		for _, up := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v up=%v", delays, up), func(t *testing.T) {
+				k, do := newKernel(t, delays...)
+				var l net.Listener
+				do(func() (err error) {
+					l, err = net.Listen("tcp", netip.AddrPortFrom(kernel4, 0).String())
+					return err
+				})
+				c, err := k.stack.DialTCP(testContext(t), l.Addr().(*net.TCPAddr).AddrPort())
+				if err != nil {
+					t.Fatal(err)
+				}
+				a, err := l.Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = l.Close()
+				defer a.Close()
+				from, to := net.Conn(a), net.Conn(c)
+				if up {
+					from, to = c, a
+				}
+				n := 32 << 20
+				began := time.Now()
+				var first time.Duration
+				go func() { _, _ = io.Copy(struct{ io.Writer }{from}, &pattern{bytes: n}); from.Close() }()
+				_ = to.SetDeadline(time.Now().Add(60 * time.Second))
+				checkPattern(t, to, n)
+				d := time.Since(began)
+				_ = first
+				st := k.stack.Stats()
+				tc := k.stack.st.Stats().TCP
+				t.Logf("ROADS %v up=%v: %.2f s, %.1f MB/s; held %d dropped %d released %d retrans %d timeouts %d recov %d repaired %d window %v", delays, up, d.Seconds(), float64(n)/1e6/d.Seconds(),
+					st.AcksHeld, st.AcksDropped, st.AcksReleased, st.TCPRetransmits, tc.Timeouts.Value(), tc.SACKRecovery.Value(), k.stack.outage.repaired.Load(), k.stack.dev.flows.paths[0].out.window(k.stack.dev.flows.now(), 0))
+			})
 		}
 	}
 }

@@ -41,7 +41,11 @@ import (
 // holdMax long. Beyond, acknowledgements pass at once.
 
 const (
+	// Without evidence the window is a quarter of the round trip, as in RFC 8985,
+	// from holdMin to holdRTT.
 	holdMin = time.Millisecond
+	holdRTT = 10 * time.Millisecond
+
 	// holdMax leaves the retransmission timer, 200 ms at least, far behind.
 	holdMax = 80 * time.Millisecond
 
@@ -91,6 +95,7 @@ func (h *holdState) sentAgain(f *tcpFlow, end uint32) {
 type heldList struct {
 	set      *flowSet // whose flow it is
 	key      flowKey
+	ours     bool  // on their way out
 	deadline int64 // ns
 	at       int   // its place in holder.active
 
@@ -99,10 +104,10 @@ type heldList struct {
 	buf  [heldAcks][ackSize]byte
 }
 
-// add keeps b, an IP packet. When the list is full every second one goes: what
-// an acknowledgement says of arrived segments, its two successors repeat
-// (RFC 2018 section 4).
-func (l *heldList) add(b []byte) {
+// next returns the place for an IP packet of n bytes. When the list is full every
+// second one goes: what an acknowledgement says of arrived segments, its two
+// successors repeat (RFC 2018 section 4).
+func (l *heldList) next(n int) []byte {
 	if l.n == heldAcks {
 		for i := range heldAcks / 2 {
 			l.size[i] = l.size[2*i+1]
@@ -110,8 +115,10 @@ func (l *heldList) add(b []byte) {
 		}
 		l.n = heldAcks / 2
 	}
-	l.size[l.n] = uint8(copy(l.buf[l.n][:], b))
+	b := l.buf[l.n][:n]
+	l.size[l.n] = uint8(n)
 	l.n++
+	return b
 }
 
 // enough makes three duplicates of fewer, since gVisor counts them, while the
@@ -154,7 +161,7 @@ type holder struct {
 }
 
 // get returns an empty list, or nil when there are too many.
-func (h *holder) get(s *flowSet, k *flowKey, now, deadline int64) *heldList {
+func (h *holder) get(s *flowSet, k *flowKey, ours bool, now, deadline int64) *heldList {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed || len(h.active) >= holds {
@@ -166,7 +173,7 @@ func (h *holder) get(s *flowSet, k *flowKey, now, deadline int64) *heldList {
 	} else {
 		l = new(heldList)
 	}
-	l.set, l.key, l.deadline, l.n = s, *k, deadline, 0
+	l.set, l.key, l.ours, l.deadline, l.n = s, *k, ours, deadline, 0
 	l.at = len(h.active)
 	h.active = append(h.active, l)
 	h.armLocked(now, deadline)
@@ -208,8 +215,9 @@ func (h *holder) put(l *heldList) {
 
 // dueHold names a list that was due. It may have been given up since.
 type dueHold struct {
-	set *flowSet
-	key flowKey
+	set  *flowSet
+	key  flowKey
+	ours bool
 }
 
 // due appends the lists that are due and arms the timer for the others.
@@ -223,7 +231,7 @@ func (h *holder) due(now int64, to []dueHold) []dueHold {
 	next := int64(0)
 	for _, l := range h.active {
 		if l.deadline <= now {
-			to = append(to, dueHold{l.set, l.key})
+			to = append(to, dueHold{l.set, l.key, l.ours})
 		} else if next == 0 || l.deadline < next {
 			next = l.deadline
 		}
@@ -251,7 +259,7 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 	if len(blocks) < 8 || len(b) > ackSize {
 		return false // gVisor wants SACK for a duplicate, else it is a window update
 	}
-	path := t.path(f)
+	path, _ := t.path(f)
 	if reportsDuplicate(blocks, f.una) {
 		path.spurious(now)
 		if len(blocks) < 16 {
@@ -266,12 +274,12 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 		return false
 	}
 	if h.acks == nil {
-		if h.acks = t.hold.get(s, &f.key, now, now+int64(path.window(now))); h.acks == nil {
+		if h.acks = t.hold.get(s, &f.key, false, now, now+int64(path.window(now, f.rtt))); h.acks == nil {
 			h.openUntil(f.sent)
 			return false
 		}
 	}
-	h.acks.add(b)
+	copy(h.acks.next(len(b)), b)
 	t.counters.heldAcks.Add(1)
 	return true
 }
@@ -292,7 +300,8 @@ func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now i
 			late = ok && before(echo, h.againTS)
 		}
 		if late {
-			t.path(f).late(time.Duration(now-h.since), now)
+			path, _ := t.path(f)
+			path.late(time.Duration(now-h.since), now)
 		}
 		if h.judge {
 			h.judge, h.spurious = false, late
@@ -365,10 +374,18 @@ func (s *Stack) releaseHeld() {
 		if l == nil {
 			continue
 		}
-		l.enough()
-		for i := range l.n {
-			if p, ok := parseIP(l.buf[i][:l.size[i]]); ok {
-				s.dev.deliver(&p, nil, len(p.b))
+		if l.ours {
+			b := s.dev.batch()
+			for i := range l.n {
+				copy(b.next(int(l.size[i])), l.buf[i][:])
+			}
+			b.done()
+		} else {
+			l.enough()
+			for i := range l.n {
+				if p, ok := parseIP(l.buf[i][:l.size[i]]); ok {
+					s.dev.deliver(&p, nil, len(p.b))
+				}
 			}
 		}
 		t.hold.put(l)
@@ -381,12 +398,23 @@ func (t *flowTable) release(d dueHold) *heldList {
 	d.set.mu.Lock()
 	defer d.set.mu.Unlock()
 	f := d.set.findLocked(&d.key)
-	if f == nil || f.hold.acks == nil || f.hold.acks.deadline > t.now() {
+	if f == nil {
 		return nil
 	}
-	l := f.hold.acks
-	f.hold.acks = nil
-	f.hold.openUntil(f.sent)
+	acks := &f.hold.acks
+	if d.ours {
+		acks = &f.mute.acks
+	}
+	l := *acks
+	if l == nil || l.deadline > t.now() {
+		return nil
+	}
+	*acks = nil
+	if d.ours {
+		f.mute.openUntil(f.high)
+	} else {
+		f.hold.openUntil(f.sent)
+	}
 	t.hold.remove(l)
 	t.counters.heldReleased.Add(uint64(l.n))
 	return l
@@ -422,7 +450,7 @@ func (p *reorderPath) late(d time.Duration, now int64) {
 // spurious notes that something was sent again in vain. One recovery gives many
 // such reports, so they count once in a while.
 func (p *reorderPath) spurious(now int64) {
-	w := p.window(now)
+	w := p.window(now, 0)
 	p.mu.Lock()
 	again := now-p.reported < int64(holdMax)
 	if !again {
@@ -434,21 +462,22 @@ func (p *reorderPath) spurious(now int64) {
 	}
 }
 
-// window returns how long duplicates are to be held.
-func (p *reorderPath) window(now int64) time.Duration {
+// window returns how long duplicates of a flow are to be held whose shortest
+// round trip was rtt, or 0.
+func (p *reorderPath) window(now int64, rtt time.Duration) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.turnLocked(now)
 	d := max(p.now, p.old)
-	return min(d+d/4+holdMin, holdMax)
+	return min(max(d+d/4+holdMin, min(rtt/4, holdRTT)), holdMax)
 }
 
-// path is the flow's: all flows of a client share the tunnel, on a server those
-// of one client do.
-func (t *flowTable) path(f *tcpFlow) *reorderPath {
-	if !t.many {
-		return &t.paths[0]
+// path is the flow's, for what we send and for what we receive: all flows of a
+// client share the tunnel, on a server those of one client do.
+func (t *flowTable) path(f *tcpFlow) (out, in *reorderPath) {
+	p := &t.paths[0]
+	if r := &f.key.remote; t.many {
+		p = &t.paths[(r[3]^r[7]^r[13]^r[14]^r[15])%reorderPaths]
 	}
-	r := &f.key.remote
-	return &t.paths[(r[3]^r[7]^r[13]^r[14]^r[15])%reorderPaths]
+	return &p.out, &p.in
 }

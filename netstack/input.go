@@ -168,7 +168,7 @@ func (s *Stack) Input(pkts [][]byte) {
 			size = r.size
 		}
 		if p.proto == protoTCP && !p.frag {
-			v, strip := d.flows.in(&p, now)
+			v, strip := d.flows.in(&p, size-len(p.b), now)
 			p.strip = strip
 			switch v {
 			case held:
