@@ -30,11 +30,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(helperEnv) != "" {
 		if err := helper(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
 		}
 		return
 	}
-	os.Exit(m.Run())
+	m.Run()
 }
 
 // helper takes the host up, says so, and throws the packets away that come.
@@ -60,8 +59,10 @@ func helper() error {
 func testHost() Host {
 	return Host{
 		Device: "tun0",
-		Egress: []netip.Prefix{prefix(single(service4)), prefix(single(service6)), prefix("198.51.100.0/28"),
-			prefix("198.51.100.1/28"), prefix("2001:db8:51::/64")},
+		Egress: []netip.Prefix{
+			prefix(single(service4)), prefix(single(service6)),
+			prefix("198.51.100.0/28"), prefix("198.51.100.1/28"), prefix("2001:db8:51::/64"),
+		},
 		Service: []netip.AddrPort{service(service4), service(service6)},
 	}
 }
@@ -307,15 +308,22 @@ func TestKilled(t *testing.T) {
 		s.reach("127.0.0.1", "::1", "192.0.2.2") // the host itself lives
 	}
 
-	// With a different configuration, and in the middle of moving rule 0.
-	s.run("ip rule add pref 1 lookup local proto 141; ip rule del pref 0 lookup local; ip rule del pref 0 proto 141")
+	// A successor with other settings, also of one that died while it moved rule 0.
 	s.open(Config{Name: "tun0"})
 	h := testHost()
 	h.Egress = h.Egress[:2]
-	h.Service[0] = netip.AddrPortFrom(h.Service[0].Addr(), 5555)
-	down := s.up(h)
-	if now := s.rules(); strings.Contains(now, "198.51.100") || strings.Contains(now, "4444 lookup") && !strings.Contains(now, "5555 lookup") {
-		t.Errorf("old rules or routes are still there:\n%s", now)
+	var down func()
+	for _, port := range []uint16{5555, 6666} {
+		h.Service[0] = netip.AddrPortFrom(h.Service[0].Addr(), port)
+		down = s.up(h)
+		now := s.run("ip rule; ip route show table all")
+		if strings.Contains(now, "198.51.100") || strings.Contains(now, "dport 4444") || strings.Count(now, "dport") != 1 ||
+			!strings.Contains(now, fmt.Sprintf("dport %d lookup", port)) {
+			t.Errorf("rules and routes with port %d:\n%s", port, now)
+		}
+		if port == 5555 {
+			s.run("ip rule add pref 1 lookup local proto 141; ip rule del pref 0 lookup local; ip rule del pref 0 proto 141")
+		}
 	}
 	down()
 	s.run("ip link del tun0")

@@ -59,7 +59,8 @@ func (s *state) set(ruled []netip.Prefix) error {
 		want = append(want, setting{v4 + "/forwarding", "1"})
 	}
 	if slices.ContainsFunc(ruled, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
-		// Packets with one of the host's own addresses as source are refused otherwise.
+		// Packets with one of the host's own addresses as source may be refused
+		// otherwise. Kernels of today see from the rules that these aren't forged.
 		want = append(want, setting{v4 + "/accept_local", "1"})
 	}
 	if slices.ContainsFunc(s.h.Egress, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
