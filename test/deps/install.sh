@@ -15,7 +15,8 @@ wanted=(
   sshd=openssh-server nc.openbsd=netcat-openbsd proxychains4=proxychains4
   unbound=unbound dig=bind9-dnsutils tcpdump=tcpdump openssl=openssl
   chromium=chromium fcgiwrap=fcgiwrap bird=bird2 tc=iproute2 ss=iproute2
-  ethtool=ethtool iperf3=iperf3
+  ethtool=ethtool iperf3=iperf3 nstat=iproute2 ping=iputils-ping
+  traceroute=traceroute tracepath=iputils-tracepath
   "$@"
 )
 

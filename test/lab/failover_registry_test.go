@@ -36,11 +36,12 @@ const natsPort = 4222
 // every client they know.
 func TestFailoverRegistry(t *testing.T) {
 	scale := scaleOf(t)
+	scale.connections -= 100 // without a registry there are no ports but the client's own
 	program, err := natsProgram()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newCluster3(t, cluster3Options{NoServers: true})
+	c := newCluster3(t, cluster3Options{NoServers: true, ServerArgs: []string{"--drain-time", scale.drain.String()}})
 	c.enrol(t)
 	engines := make([]*daemon, clusterServers)
 	startEngine := func(t *testing.T, i int) {
@@ -145,7 +146,7 @@ func synchronisation(t *testing.T, c *cluster3, scale failoverScale, sink netip.
 	}
 	records, bytes, others := shared()
 	began := time.Now()
-	r := startRun(t, c.app, c.dst, loadConfig{Proxy: proxyAddr, Sink: sink, Rate: scale.rate}.connections(scale.connections))
+	r := startRun(t, c.app, c.dst, loadConfig{Proxy: proxyAddr, Sink: sink, Rate: scale.rate, Tick: scale.tick}.connections(scale.connections))
 	time.Sleep(scale.before)
 	end := r.end()
 	records2, bytes2, others2 := shared()

@@ -27,6 +27,8 @@ type failoverScale struct {
 	rounds      int // 0: tests
 	connections int
 	rate        int           // of a bulk stream, bytes a second
+	tick        time.Duration // between its writes: no stall is shorter
+	drain       time.Duration // --drain-time of the servers
 	before      time.Duration // from the last opened connection to the fault
 	after       time.Duration // from the end of the fault to the end
 	flips       time.Duration // as long do routes change all the time
@@ -38,8 +40,8 @@ func scaleOf(t *testing.T) failoverScale {
 	text := os.Getenv(failoverEnv)
 	if text == "" {
 		return failoverScale{
-			connections: 1000, rate: 10_000, before: time.Second, after: 3 * time.Second,
-			flips: 8 * time.Second, bulk: 2 * time.Second,
+			connections: 1000, rate: 10_000, tick: 200 * time.Millisecond, drain: 3 * time.Second,
+			before: time.Second, after: 3 * time.Second, flips: 6 * time.Second, bulk: 2 * time.Second,
 		}
 	}
 	rounds, err := strconv.Atoi(text)
@@ -47,8 +49,8 @@ func scaleOf(t *testing.T) failoverScale {
 		t.Fatalf("%s is %q, not a number of rounds", failoverEnv, text)
 	}
 	return failoverScale{
-		rounds: rounds, connections: 1000, rate: 20_000, before: 4 * time.Second, after: 6 * time.Second,
-		flips: time.Minute, bulk: 6 * time.Second,
+		rounds: rounds, connections: 1000, rate: 20_000, tick: 50 * time.Millisecond, drain: 10 * time.Second,
+		before: 4 * time.Second, after: 6 * time.Second, flips: time.Minute, bulk: 6 * time.Second,
 	}
 }
 
@@ -71,6 +73,7 @@ type trial struct {
 	scale   failoverScale
 	row     row
 	streams int // how many there have to be at the end
+	falls   int // BGP sessions of living servers that the case ends
 }
 
 // A failoverCase is a row of the table. do makes the fault and puts it right;
@@ -96,8 +99,13 @@ var failoverCases = []failoverCase{
 // every byte arrives. It is the table that test/bench/failover prints.
 func TestFailover(t *testing.T) {
 	scale := scaleOf(t)
-	c := newCluster3(t, cluster3Options{})
+	c := newCluster3(t, cluster3Options{ServerArgs: []string{"--drain-time", scale.drain.String()}})
 	c.startKernel(t)
+	if scale.rounds == 0 {
+		t.Run("trace", func(t *testing.T) { testTrace(t, c) })
+		t.Run("path MTU", func(t *testing.T) { testPathMTU(t, c) })
+		t.Run("ports", func(t *testing.T) { testPorts(t, c) })
+	}
 	var rows []row
 	port := uint16(7100)
 	for range max(1, scale.rounds) {
@@ -120,10 +128,10 @@ func TestFailover(t *testing.T) {
 func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *testing.T)) {
 	x.c.route(t, 0)
 	x.run = startRun(t, x.c.app, x.c.dst, loadConfig{
-		Proxy: proxyAddr, Sink: sink, UDP: true, Ping: dst4, Rate: x.scale.rate,
+		Proxy: proxyAddr, Sink: sink, UDP: true, Ping: dst4, Rate: x.scale.rate, Tick: x.scale.tick,
 	}.connections(x.scale.connections))
 	time.Sleep(x.scale.before)
-	before := x.c.counts(t)
+	before, lost, fallen := x.c.counts(t), x.c.losses(t), x.c.fallen()
 	x.mark()
 	do(x, t)
 	time.Sleep(x.scale.after)
@@ -134,6 +142,20 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 	x.streams += x.scale.connections + 10
 	after := x.end()
 	t.Logf("packets from clients + to the egress addresses: %s", sharesOf(before, x.c.counts(t)))
+	for name, n := range x.c.losses(t) {
+		if more := n - lost[name]; more > 0 {
+			t.Logf("%s: %.0f more", name, more)
+		}
+	}
+
+	// Where processes get no time at all, BFD and hold timers say so, and all
+	// servers are gone at once. The connections must survive even that, but how
+	// long it took says nothing about them.
+	busy := false
+	if now := x.c.fallen() - fallen; now > x.falls {
+		busy = true
+		t.Logf("this machine is too busy: %d BGP sessions fell, %d expected", now, x.falls)
+	}
 
 	r := &x.row
 	r.streams, r.broken, r.why, r.flows = len(after.streams), len(after.broken()), after.why(), during.flows
@@ -157,6 +179,10 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 	if got := after.from(); !slices.Equal(got, []string{egress4.String()}) {
 		t.Errorf("connections come from %v, want %v alone", got, egress4)
 	}
+	if busy {
+		r.note = strings.TrimPrefix(r.note+", disturbed: the machine was too busy for BFD", ", ")
+		return
+	}
 	// Generous: what else this machine does costs time. The table has the figures.
 	if q := quantile(r.stalls, 0.5); q > 5*time.Second {
 		t.Errorf("half of the connections stalled for %v or longer", q)
@@ -169,6 +195,37 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 			t.Errorf("more than the packets on their way: %v", f)
 		}
 	}
+}
+
+// fallen counts the BGP sessions that ended, as the servers that run tell it. A
+// server that was started again begins anew.
+func (c *cluster3) fallen() (n int) {
+	for _, s := range c.servers {
+		n += strings.Count(s.daemon.printed(), "bgp: peer down")
+	}
+	return n
+}
+
+// losses are the packets that our programs, or their sockets, have dropped, by
+// reason. A server that was started again begins anew.
+func (c *cluster3) losses(t *testing.T) map[string]float64 {
+	t.Helper()
+	all := make(map[string]float64)
+	take := func(name string, d *daemon, port int) {
+		for metric, n := range d.samples(t, port, "dropped_total") {
+			all[name+" "+metric] = n
+		}
+		for line := range strings.Lines(d.host.run(t, 10*time.Second, "nstat", "-asz", "UdpRcvbufErrors", "UdpSndbufErrors")) {
+			if f := strings.Fields(line); len(f) > 1 && strings.HasPrefix(f[0], "Udp") {
+				all[name+" "+f[0]], _ = strconv.ParseFloat(f[1], 64)
+			}
+		}
+	}
+	take("proxy", c.proxy, proxyAdminPort)
+	for _, s := range c.servers {
+		take(serverName(s.number), s.daemon, serverAdminPort)
+	}
+	return all
 }
 
 // nothing is what to compare with: the stalls that the load itself makes.
@@ -189,6 +246,7 @@ func (x *trial) stopped(t *testing.T) {
 	began := time.Now()
 	x.c.stop(t, n)
 	x.gone(t, n, began)
+	x.falls += len(x.c.server(n).neighbours())
 	x.afterwards(t, func() { x.c.cont(t, n); x.c.announced(t, n) })
 }
 
@@ -198,6 +256,7 @@ func (x *trial) cutOff(t *testing.T) {
 	began := time.Now()
 	x.c.cut(t, n)
 	x.gone(t, n, began)
+	x.falls += len(x.c.server(n).neighbours())
 	x.afterwards(t, func() { x.c.heal(t, n); x.c.announced(t, n) })
 }
 
@@ -239,7 +298,15 @@ func (x *trial) rolling(t *testing.T) {
 
 func (x *trial) roam(t *testing.T) {
 	for _, uplink := range []string{"wan2", "mobile", "wan"} {
+		began := time.Now()
 		x.c.roam(t, uplink)
+		// A link that has come up takes a while to carry something.
+		from, gate := x.c.nat, map[string]string{"wan": "198.51.100.1", "wan2": "198.51.100.5", "mobile": "198.51.100.9"}[uplink]
+		if uplink == "mobile" {
+			from = x.c.app
+		}
+		from.run(t, 30*time.Second, "ping", "-n", "-q", "-c", "1", "-i", "0.02", "-w", "20", gate)
+		x.row.converged = append(x.row.converged, time.Since(began))
 		time.Sleep(x.scale.before)
 	}
 }

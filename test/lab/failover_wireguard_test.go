@@ -168,7 +168,7 @@ func TestFailoverWireGuard(t *testing.T) {
 
 func measureWireguard(t *testing.T, scale failoverScale, name string, quiet bool) row {
 	w := newWireguard(t, quiet)
-	r := startRun(t, w.app, w.dst, loadConfig{Sink: at(dst4, 7100), UDP: true, Ping: dst4, Rate: scale.rate}.connections(scale.connections))
+	r := startRun(t, w.app, w.dst, loadConfig{Sink: at(dst4, 7100), UDP: true, Ping: dst4, Rate: scale.rate, Tick: scale.tick}.connections(scale.connections))
 	time.Sleep(scale.before)
 	r.mark()
 	out := row{name: name, converged: []time.Duration{w.kill(t)}}

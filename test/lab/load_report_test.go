@@ -200,7 +200,7 @@ func (r *run) both(load, sink string) report {
 func (r *run) lines(c *talk) (lines []string) {
 	r.t.Helper()
 	for {
-		line := c.hear(2 * r.limit)
+		line := c.hear(endLimit + r.limit)
 		if line == "reported" {
 			return lines
 		}

@@ -19,7 +19,7 @@ import (
 
 // endLimit is how long streams may take to end in good order: one that needs
 // longer is stuck, hence broken.
-const endLimit = 30 * time.Second
+const endLimit = 90 * time.Second
 
 // A loadConfig says what the load consists of.
 type loadConfig struct {
