@@ -182,8 +182,15 @@ func (s *Server) openTun(output func([][]byte)) (Egress, error) {
 				s.reject(w, p, kind, time.Now())
 			}
 		},
-		Publish: s.cfg.Registry.PublishMapping, Logger: s.log,
+		Publish: s.cfg.Registry.PublishMapping, Service: s.serviceAddresses(), Logger: s.log,
 	}), nil
+}
+
+func (s *Server) serviceAddresses() (list []netip.AddrPort) {
+	for _, c := range s.cfg.Conns {
+		list = append(list, c.LocalAddr())
+	}
+	return list
 }
 
 func (s *Server) gateway() []netip.Addr {

@@ -142,6 +142,9 @@ func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time
 		}
 		return TunDropPort
 	}
+	if v.Protocol == packet.UDP && e.service(address, port) {
+		return TunDropPort // the answers would come to the servers
+	}
 	v.SetSource(address)
 	e.clamp(v)
 	if v.Protocol == packet.ICMPv4 || v.Protocol == packet.ICMPv6 {

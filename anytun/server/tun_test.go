@@ -89,7 +89,7 @@ func newTunRig(t *testing.T) *tunRig {
 	}
 	r.tunEgress = newTunEgress(tunConfig{
 		Device: r.host, Plan: &plan, Leases: &r.leases, Inner: testInner,
-		AnyPort: func(c uint32) bool { return c == 9 }, MTU: 1400, Services: services,
+		AnyPort: func(c uint32) bool { return c == 9 }, Service: []netip.AddrPort{netip.AddrPortFrom(tunEgress4, 4444)}, MTU: 1400, Services: services,
 		Policy: newEgressPolicy(gateway, false), Output: r.host.toClients,
 		Reject:  func(_ uint32, _ []byte, kind packet.ErrorKind) { r.rejected = append(r.rejected, kind) },
 		Publish: func(m registry.Mapping) { r.published = append(r.published, m) },
@@ -296,6 +296,14 @@ func TestTunRefuses(t *testing.T) {
 		r.dropped(TunDropForbidden, func() [][]byte {
 			return r.out(datagram(packet.TCP, at(testInner.IPv4(2), port2), at(netip.MustParseAddr(to), 80), 0))
 		})
+	}
+	// What the servers listen at themselves is nobody's source, but for TCP.
+	service := func(proto packet.Protocol) [][]byte {
+		return r.out(datagram(proto, at(testInner.IPv4(4), 4444), at(tunWorld4, 80), 0))
+	}
+	r.dropped(TunDropPort, func() [][]byte { return service(packet.UDP) })
+	if got := service(packet.TCP); len(got) != 1 {
+		t.Error("TCP from the port of the service was refused")
 	}
 	r.dropped(TunDropMalformed, func() [][]byte { return r.out([]byte{0x45, 0}) })
 	r.dropped(TunDropMalformed, func() [][]byte { return r.in([]byte{0x45, 0}) })
