@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -186,9 +187,24 @@ func (s *Server) openTun(output func([][]byte)) (Egress, error) {
 	}), nil
 }
 
+// serviceAddresses are the egress addresses and ports at which an outer socket
+// listens.
 func (s *Server) serviceAddresses() (list []netip.AddrPort) {
 	for _, c := range s.cfg.Conns {
-		list = append(list, c.LocalAddr())
+		at := c.LocalAddr()
+		if !at.Addr().IsUnspecified() {
+			list = append(list, at)
+			continue
+		}
+		own, err := net.InterfaceAddrs()
+		if err != nil {
+			s.log.Warn("can't tell this host's addresses", "error", err)
+		}
+		for _, a := range own {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && s.cfg.Plan.Contains(p.Addr()) {
+				list = append(list, netip.AddrPortFrom(p.Addr(), at.Port()))
+			}
+		}
 	}
 	return list
 }

@@ -66,7 +66,7 @@ type tunConfig struct {
 	Leases   *portblock.Leases
 	Inner    session.Inner
 	AnyPort  func(client uint32) bool
-	Service  []netip.AddrPort // of the outer sockets; an unspecified address is every one
+	Service  []netip.AddrPort // egress addresses and ports at which the outer sockets listen
 	MTU      int
 	Services *sockets
 	Policy   egressPolicy
@@ -197,17 +197,6 @@ func (e *tunEgress) fromDevice(b *inBatch, bufs [][]byte) {
 	if len(b.replies) > 0 {
 		e.Device.WriteBatch(b.replies)
 	}
-}
-
-// service says whether UDP to a public address and port goes to an outer socket
-// of the servers, when that is an egress address, too.
-func (e *tunEgress) service(a netip.Addr, port uint16) bool {
-	for _, s := range e.Service {
-		if s.Port() == port && (s.Addr() == a || s.Addr().IsUnspecified()) {
-			return true
-		}
-	}
-	return false
 }
 
 // room returns a buffer for a packet of n bytes that goes to a client.

@@ -2,6 +2,8 @@ package server
 
 import (
 	"encoding/binary"
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/anytun-go/anytun/anytun/nat"
@@ -142,7 +144,7 @@ func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time
 		}
 		return TunDropPort
 	}
-	if v.Protocol == packet.UDP && e.service(address, port) {
+	if v.Protocol == packet.UDP && slices.Contains(e.Service, netip.AddrPortFrom(address, port)) {
 		return TunDropPort // the answers would come to the servers
 	}
 	v.SetSource(address)
