@@ -69,13 +69,17 @@ func (s *sender) hello() {
 	}
 }
 
-// flush empties the Outbox. What the connection refuses goes back, where the
-// newest wins; that ends when the connection comes back (reconnected).
+// flush empties the Outbox if it can.
 func (s *sender) flush() {
-	b := s.bus
-	if !b.conn.IsConnected() {
-		return
+	if s.bus.conn.IsConnected() {
+		s.publish()
 	}
+}
+
+// publish empties the Outbox. What the connection refuses goes back, where the
+// newest wins, until the connection comes back (reconnected).
+func (s *sender) publish() {
+	b := s.bus
 	s.locations, s.seen, s.mappings = b.outbox.Take(s.locations[:0], s.seen[:0], s.mappings[:0])
 	ok := true
 	eachChunk(s.locations, func(part []registry.Location) {

@@ -45,6 +45,9 @@ func (b *Bus) Claim(ctx context.Context, c registry.Claim) (got registry.Claim, 
 			got = *old
 			return registry.ErrTaken
 		}
+		if err := c.Check(time.Now()); err != nil { // it took us too long
+			return err
+		}
 		message := registry.Message{Type: registry.TypeClaim, Claims: []registry.Claim{c}}
 		value := b.sealer.Seal(nil, message.Append(nil), key, time.Now())
 		if revision == 0 {
@@ -136,7 +139,7 @@ func (b *Bus) parseClaim(key string, value []byte) *registry.Claim {
 		return nil
 	}
 	var m registry.Message
-	if m.Parse(plain) != nil || m.Type != registry.TypeClaim || len(m.Claims) != 1 || claimKey(m.Claims[0]) != key {
+	if m.Parse(plain) != nil || m.Type != registry.TypeClaim || len(m.Claims) != 1 {
 		b.counters.Drop(registry.DropMalformed, 1)
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -445,6 +446,46 @@ func TestStranger(t *testing.T) {
 		out.Close()
 		if (clientErr == nil && serverErr == nil) != test.ok {
 			t.Errorf("%s: %v, %v", name, clientErr, serverErr)
+		}
+	}
+}
+
+// lockedBuffer is a log that the engine's goroutines write.
+type lockedBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func TestLogHidesSecrets(t *testing.T) {
+	t.Parallel()
+	var log lockedBuffer
+	logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	cs := configs(t, 3) // the third never starts, so that connecting fails
+	for i := range cs {
+		cs[i].Logger = logger
+	}
+	a, b := start(t, 1, cs[0], nil), start(t, 2, cs[1], nil)
+	together(t, a, b)
+	password, err := routePassword([]byte(secret))
+	a.stop()
+	b.stop()
+	// The engine hides it itself where we have seen it.
+	(&engineLog{logger: logger, hidden: password}).Errorf("dial nats://anytun:%s@%s", password, "host")
+	log.mu.Lock()
+	defer log.mu.Unlock()
+	text := log.text.String()
+	if err != nil || !strings.Contains(text, "Route connection created") {
+		t.Fatalf("%v, log %s", err, text)
+	}
+	for what, hidden := range map[string]string{"secret": secret, "route password": password, "client password": a.engine.password} {
+		if strings.Contains(text, hidden) {
+			t.Errorf("the %s is in the log", what)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package nats
 
 import (
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -52,7 +53,7 @@ func startEngine(c Config) (*engine, error) {
 	if err := os.Chmod(c.StoreDir, 0o700); err != nil {
 		return nil, fmt.Errorf("store dir: %w", err)
 	}
-	password, err := registry.DeriveKey([]byte(c.Secret), "route password", 24)
+	hidden, err := routePassword([]byte(c.Secret))
 	if err != nil {
 		return nil, err
 	}
@@ -60,8 +61,7 @@ func startEngine(c Config) (*engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	user := url.UserPassword("anytun", fmt.Sprintf("%x", password))
-	hidden, _ := user.Password()
+	user := url.UserPassword(engineUser, hidden)
 	routes, err := routeURLs(c.Join, user)
 	if err != nil {
 		return nil, err
@@ -121,6 +121,12 @@ func (e *engine) stop() {
 	}
 	e.server.Shutdown()
 	e.server.WaitForShutdown()
+}
+
+// routePassword is a second lock behind routeTLS.
+func routePassword(secret []byte) (string, error) {
+	key, err := registry.DeriveKey(secret, "route password", 24)
+	return hex.EncodeToString(key), err
 }
 
 // splitListen turns port 0 into what NATS calls a random port.

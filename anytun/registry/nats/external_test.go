@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -66,6 +67,70 @@ func TestExternalKilled(t *testing.T) {
 	eventually(t, "both are told of the claim", func() bool { return a.owner("block.1") == 1 && b.owner("block.1") == 1 })
 	if s := a.Bus.Stats(); s.Reconnects == 0 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// The connection may break between looking at it and using it.
+func TestRefused(t *testing.T) {
+	t.Parallel()
+	b, err := New(Config{URL: "nats://" + freeAddr(t), Secret: secret})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	for client := range uint32(maxRecords + 1) {
+		b.PublishLocation(location(client, 1, 1))
+	}
+	b.PublishSeen([]registry.Seen{{Client: 1, Counter: 1}})
+	b.PublishMapping(registry.Mapping{Client: 1})
+	s := sender{bus: b, subject: b.subject("bus")}
+	s.publish()
+	if n := b.Stats().Pending; n != maxRecords+3 || s.number != 0 {
+		t.Errorf("%d wait, %d were sent", n, s.number)
+	}
+}
+
+// Two servers want the same at the same moment: one gets it, and both know who.
+func TestClaimRace(t *testing.T) {
+	t.Parallel()
+	c := Config{URL: inside(t), Secret: secret, Logger: testLogger(t)}
+	nodes := []*node{start(t, 1, c, nil), start(t, 2, c, nil)}
+	for i, n := range nodes { // both find the bucket
+		if _, err := claims(t, n, block(100+uint32(i), 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kv, err := nodes[0].js.KeyValue(t.Context(), nodes[0].bucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for index := range uint32(50) {
+		want := block(1+index, 0)
+		if index >= 25 { // somebody had it before
+			ended := want
+			ended.Owner, ended.Until = 3, time.Now().Add(-time.Second)
+			message := registry.Message{Type: registry.TypeClaim, Claims: []registry.Claim{ended}}
+			key := claimKey(ended)
+			if _, err := kv.Put(t.Context(), key, nodes[0].sealer.Seal(nil, message.Append(nil), key, time.Now())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var owners [2]uint32
+		var errs [2]error
+		var both sync.WaitGroup
+		for i, n := range nodes {
+			both.Go(func() {
+				mine := want
+				mine.Owner = uint32(i + 1)
+				got, err := n.Bus.Claim(t.Context(), mine)
+				owners[i], errs[i] = got.Owner, err
+			})
+		}
+		both.Wait()
+		first, second := errs[0] == nil && errors.Is(errs[1], registry.ErrTaken), errs[1] == nil && errors.Is(errs[0], registry.ErrTaken)
+		if owners[0] != owners[1] || first == second {
+			t.Fatalf("claim %d: %v %v", index, owners, errs)
+		}
 	}
 }
 

@@ -227,6 +227,8 @@ func (b *Bus) connect(c Config) (err error) {
 }
 
 // connected and disconnected are called from the connection's own goroutine.
+// What those that are still there said meanwhile shows in their numbers;
+// everything is for those that are gone.
 func (b *Bus) connected(again bool) {
 	if again {
 		b.counters.Reconnected()
@@ -238,8 +240,6 @@ func (b *Bus) connected(again bool) {
 }
 
 func (b *Bus) disconnected(err error) {
-	// Whoever is heard afterwards counts as new, and is asked what we missed.
-	b.peers.forget()
 	if err != nil {
 		b.logger.Warn("registry disconnected", "error", err)
 	}

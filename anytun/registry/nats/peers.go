@@ -69,12 +69,6 @@ func (p *peers) expire(since time.Time) {
 	}
 }
 
-func (p *peers) forget() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	clear(p.byID)
-}
-
 func (p *peers) count() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
