@@ -21,12 +21,16 @@ func TestCluster(t *testing.T) {
 	c := newCluster3(t, cluster3Options{})
 	for _, s := range scenarios {
 		switch s.name {
-		case "curl", "dig", "python":
+		case "dig", "python", "ssh":
 			t.Run(s.name, func(t *testing.T) { s.test(t, c.place) })
 		}
 	}
-	t.Run("source", func(t *testing.T) { testClusterSource(t, c) })
-	t.Run("blind", func(t *testing.T) { testClusterBlind(t, c) })
+	for name, test := range map[string]func(*testing.T, *cluster3){
+		"source": testClusterSource, "blind": testClusterBlind, "bulk": testClusterBulk,
+		"narrow": testClusterNarrow, "bind": testClusterBind,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, c) })
+	}
 	for _, f := range clusterFaults {
 		t.Run(f.name, func(t *testing.T) { c.survives(t, f) })
 	}
@@ -39,7 +43,7 @@ func TestClusterSameAddress(t *testing.T) {
 	t.Run("source", func(t *testing.T) { testClusterSource(t, c) })
 	t.Run("blind", func(t *testing.T) { testClusterBlind(t, c) })
 	for _, f := range clusterFaults {
-		if f.name == "kill" || f.name == "roam" {
+		if f.name == "kill" || f.name == "spray" {
 			t.Run(f.name, func(t *testing.T) { c.survives(t, f) })
 		}
 	}
@@ -77,6 +81,74 @@ func testClusterBlind(t *testing.T, c *cluster3) {
 	t.Log(sharesOf(before, after))
 	if after[2].Service != before[2].Service || after[2].Egress < before[2].Egress+15 || after[0].Service == before[0].Service {
 		t.Errorf("clients at s1, answers at s3 expected: %s", sharesOf(before, after))
+	}
+}
+
+// bothWays sends a file to a destination and back, byte for byte.
+func (c *cluster3) bothWays(t *testing.T, to netip.Addr, size int64) {
+	t.Helper()
+	path := filepath.Join(c.app.dir, "file")
+	want := noise(t, path, size, 9)
+	began := time.Now()
+	c.curl(t, time.Minute, "-x", "socks5h://"+proxyAddr, "-T", path, url("http", to, httpPort, "/put/file"))
+	up := time.Since(began)
+	if got, n := sumOfFile(t, filepath.Join(c.site.web, "put", "file")); got != want {
+		t.Errorf("%v got %d bytes, sum %s, want %s", to, n, got, want)
+	}
+	began = time.Now()
+	got, n := c.download(t, time.Minute, "-x", "socks5h://"+proxyAddr, url("http", to, httpPort, "/put/file"))
+	if got != want {
+		t.Errorf("%v gave %d bytes, sum %s, want %s", to, n, got, want)
+	}
+	t.Logf("%v: %d MB, up in %.2f s, down in %.2f s", to, size>>20, up.Seconds(), time.Since(began).Seconds())
+}
+
+// testClusterBulk: much data each way, by both families.
+func testClusterBulk(t *testing.T, c *cluster3) {
+	for _, to := range []netip.Addr{dst4, dst6} {
+		c.bothWays(t, to, 64<<20)
+	}
+}
+
+// testClusterNarrow: beyond the servers is a cable for smaller packets than the
+// tunnel's. What the router there says must reach the client, whichever server
+// it meets.
+func testClusterNarrow(t *testing.T, c *cluster3) {
+	mtu := func(n string) {
+		ip(t, "-n", c.core.ns, "link", "set", "dst", "mtu", n)
+		ip(t, "-n", c.dst.ns, "link", "set", "eth0", "mtu", n)
+	}
+	defer mtu("1500")
+	mtu("1300")
+	// dst promises to take more than the cable does, or nobody would notice.
+	ip(t, "-n", c.dst.ns, "route", "change", "default", "via", "192.0.2.1", "advmss", "1460")
+	ip(t, "-n", c.dst.ns, "-6", "route", "change", "default", "via", "2001:db8:3::1", "advmss", "1440")
+	defer ip(t, "-n", c.dst.ns, "route", "change", "default", "via", "192.0.2.1")
+	defer ip(t, "-n", c.dst.ns, "-6", "route", "change", "default", "via", "2001:db8:3::1")
+	for _, to := range []netip.Addr{dst4, dst6} {
+		c.bothWays(t, to, 2<<20)
+	}
+}
+
+// testClusterBind: an application waits at the egress address, and a host out
+// there connects, through whichever server.
+func testClusterBind(t *testing.T, c *cluster3) {
+	defer c.route(t, 0)
+	for number := range clusterServers {
+		waiting := c.client.talk(t, socks(t, "bind", dst4.String(), "0")...)
+		var code, port int
+		var host string
+		line := waiting.hear(20 * time.Second)
+		if _, err := fmt.Sscan(line, &code, &host, &port); err != nil || code != 0 || host != c.egress.v4.String() || port == 0 {
+			t.Fatalf("bind: %q, want a port of %v", line, c.egress.v4)
+		}
+		c.routeEgress(t, number+1)
+		if got := c.dst.tryInput(t, 30*time.Second, "ping!", "nc.openbsd", "-w", "20", host, fmt.Sprint(port)).stdout; got != "pong\n" {
+			t.Errorf("by %s: the peer got %q, want the answer", serverName(number+1), got)
+		}
+		if line := waiting.hear(20 * time.Second); !strings.HasPrefix(line, "0 "+dst4.String()+" ") {
+			t.Errorf("second reply %q, want the peer's address", line)
+		}
 	}
 }
 
@@ -131,7 +203,7 @@ func (c *cluster3) survives(t *testing.T, f fault) {
 		t.Logf("%s %s: no route leads there after %v", f.name, serverName(number), c.withdrawn(t, number, began))
 	}
 	r := <-done
-	t.Logf("served by %s before; since: %s", serverName(number), sharesOf(before, c.counts(t)))
+	t.Logf("served by %s before; in the %.1f s since: %s", serverName(number), time.Since(began).Seconds(), sharesOf(before, c.counts(t)))
 	if sum := sum(hex.EncodeToString(h.Sum(nil))); r.code != 0 || sum != want {
 		t.Errorf("exit status %d, %d bytes, sum %s, want %s: %s", r.code, got.Load(), sum, want, r.stderr)
 	}

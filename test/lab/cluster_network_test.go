@@ -93,7 +93,7 @@ func testNetworkSpray(t *testing.T, c *cluster3) {
 		t.Errorf("before: %+v, want one server", got)
 	}
 	c.spray(t)
-	for _, to := range c.all() {
+	for _, to := range []netip.Addr{c.services.v4, c.egress.v6} {
 		for _, from := range []*host{c.app, c.dst, c.dst2} {
 			got := from.paced(t, to, 300, time.Millisecond)
 			if got.Answered != 300 || min(got.Servers["s1"], got.Servers["s2"], got.Servers["s3"]) < 60 {
@@ -161,7 +161,7 @@ func testNetworkRoam(t *testing.T, c *cluster3) {
 func testNetworkShape(t *testing.T, c *cluster3) {
 	c.route(t, 1)
 	defer c.route(t, 0)
-	pace := func() pacing { return c.dst.paced(t, c.egress.v4, 1000, time.Millisecond) }
+	pace := func() pacing { return c.dst.paced(t, c.egress.v4, 600, time.Millisecond) }
 	good := func(when string) {
 		t.Helper()
 		if p := pace(); p.Answered != p.Sent || p.Overtaken != 0 || p.Fastest > 20*time.Millisecond {
@@ -177,15 +177,15 @@ func testNetworkShape(t *testing.T, c *cluster3) {
 	}
 	c.shapeFrom(t, "dst", "core", shape{Delay: 5 * time.Millisecond, Late: 20 * time.Millisecond, LateShare: 0.02})
 	c.shapeFrom(t, "core", "dst", shape{})
-	if p := pace(); p.Answered != p.Sent || p.Overtaken < 5 || p.Overtaken > 100 || p.Fastest < 5*time.Millisecond || p.Fastest > 25*time.Millisecond {
+	if p := pace(); p.Answered != p.Sent || p.Overtaken < 2 || p.Overtaken > 100 || p.Fastest < 5*time.Millisecond || p.Fastest > 25*time.Millisecond {
 		t.Errorf("a share late: %+v", p)
 	}
 	c.shape(t, "core-dst", shape{Jitter: 10 * time.Millisecond})
-	if p := pace(); p.Answered != p.Sent || p.Overtaken < 300 {
+	if p := pace(); p.Answered != p.Sent || p.Overtaken < 150 {
 		t.Errorf("jitter: %+v", p)
 	}
 	c.shape(t, "core-dst", shape{Loss: 0.1})
-	if p := pace(); p.Answered < 700 || p.Answered > 900 || p.Overtaken != 0 {
+	if p := pace(); p.Answered < 410 || p.Answered > 550 || p.Overtaken != 0 {
 		t.Errorf("a tenth lost each way: %+v", p)
 	}
 	c.shape(t, "core-dst", shape{Rate: 20e6})

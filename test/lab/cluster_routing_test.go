@@ -76,8 +76,11 @@ protocol kernel kernel%[1]d_%[2]s { kernel table %[3]d; ipv%[1]d { table only%[1
 	}
 	conf := filepath.Join(h.dir, "bird.conf")
 	write(t, conf, b.String())
-	return h.start(t, "bird", "bird", "-f", "-c", conf, "-s", filepath.Join(h.dir, "bird.ctl"), "-P", filepath.Join(h.dir, "bird.pid"))
+	return h.start(t, "bird", "bird", "-f", "-c", conf, "-s", birdControl(h), "-P", filepath.Join(h.dir, "bird.pid"))
 }
+
+// birdControl is the socket of a host's BIRD for birdc.
+func birdControl(h *host) string { return filepath.Join(h.dir, "bird.ctl") }
 
 // routers starts BIRD on the three routers and begins to watch their routes.
 func (c *cluster3) routers(t *testing.T) {
@@ -309,7 +312,8 @@ func (c *cluster3) watches(number int) []*routeWatch {
 	return []*routeWatch{c.atCore}
 }
 
-// announced waits until packets for the anycast addresses are sent to a server.
+// announced waits until packets for the anycast addresses are sent to a server,
+// and BFD watches it.
 func (c *cluster3) announced(t *testing.T, number int) {
 	t.Helper()
 	eventually(t, time.Minute, func() error {
@@ -318,8 +322,25 @@ func (c *cluster3) announced(t *testing.T, number int) {
 				return fmt.Errorf("not all routes lead to %s: %s", serverName(number), w.describe(c))
 			}
 		}
+		for _, router := range c.server(number).neighbours() {
+			if !c.watched(t, router, number) {
+				return fmt.Errorf("%s doesn't watch %s by BFD", router, serverName(number))
+			}
+		}
 		return nil
 	})
+}
+
+// watched says whether a router's BFD session with a server is up.
+func (c *cluster3) watched(t *testing.T, router string, number int) bool {
+	t.Helper()
+	address := c.addressOf(serverName(number), router)
+	for line := range strings.Lines(c.host(router).run(t, 10*time.Second, "birdc", "-s", birdControl(c.host(router)), "show", "bfd", "sessions")) {
+		if f := strings.Fields(line); len(f) > 2 && f[0] == address {
+			return f[2] == "Up"
+		}
+	}
+	return false
 }
 
 // withdrawn waits until no packet for the anycast addresses is sent to a server

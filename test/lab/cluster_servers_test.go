@@ -50,6 +50,7 @@ func (c *cluster3) serverArgs(t *testing.T, s *server3) []string {
 		"--cluster-listen", fmt.Sprintf("%s:%d", c.addressOf(serverName(s.number), "core"), clusterPort),
 		"--bgp-as", strconv.Itoa(asServers), "--bgp-router-id", c.addressOf(serverName(s.number), "core"),
 		"--bfd-interval", "300ms", // patience for a busy machine
+		"--drain-time", "3s",
 		"--admin", fmt.Sprintf("127.0.0.1:%d", serverAdminPort),
 	}
 	for _, other := range c.servers {

@@ -102,7 +102,7 @@ From any terminal, as root (dst and dst2 have nginx at %[3]d, iperf3 at 5201, a 
   %[1]s app bash
 
 Here:
-`, s.on, web, httpPort, webName, proxyAddr, filepath.Join(s.core.dir, "bird.ctl"), s.ours("anytun-server"))
+`, s.on, web, httpPort, webName, proxyAddr, birdControl(s.core), s.ours("anytun-server"))
 	s.printHelp()
 }
 

@@ -107,7 +107,7 @@ func newCluster3(t *testing.T, o cluster3Options) *cluster3 {
 		host *host
 		at   addressPair
 	}{{c.dst2, addressPair{dst24, dst26}}, {c.dst, addressPair{dst4, dst6}}} {
-		c.place = &place{client: c.app, site: serve(t, d.host, d.at.v4, d.at.v6)}
+		c.place = &place{client: c.app, site: serve(t, d.host, d.at.v4, d.at.v6), public: true}
 		d.host.start(t, "iperf3", "iperf3", "-s").listening(t, "tcp", 5201)
 	}
 	if o.NoServers {

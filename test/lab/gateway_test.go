@@ -27,6 +27,7 @@ type place struct {
 	client *host
 	site   *site
 	proxy  *daemon
+	public bool // the site can reach the client: it has a public address
 }
 
 // startProxy starts anytun-proxy as an ordinary user and waits until it listens.
