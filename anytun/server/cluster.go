@@ -30,7 +30,7 @@ const seenBatch = 64
 // publish tells where a client is now.
 func (s *Server) publish(p *peer) {
 	p.mu.Lock()
-	l := p.locationLocked(s.cfg.Number)
+	l := p.locationLocked()
 	p.mu.Unlock()
 	if l.Client != 0 {
 		s.cfg.Registry.PublishLocation(l)
@@ -38,13 +38,13 @@ func (s *Server) publish(p *peer) {
 }
 
 // locationLocked is the zero value if the client isn't there.
-func (p *peer) locationLocked(server uint16) registry.Location {
+func (p *peer) locationLocked() registry.Location {
 	if p.at == (place{}) {
 		return registry.Location{}
 	}
 	return registry.Location{
 		Client: p.number, Session: p.at.key.id, Epoch: p.at.key.epoch, Counter: p.top,
-		Endpoint: p.at.to, Local: p.at.local, Server: server,
+		Endpoint: p.at.to, Local: p.at.local, Server: p.by,
 	}
 }
 
@@ -113,7 +113,7 @@ func (n *news) Location(l registry.Location) {
 	if l.Left {
 		at = place{}
 	}
-	if p.learn(at, l.Counter) {
+	if p.learn(at, l.Counter, l.Server) {
 		s.counters.learned.Add(1)
 	}
 	p.told.Store(time.Now().UnixNano())
@@ -143,7 +143,7 @@ func (n *news) Snapshot(yield func(registry.Location) bool) {
 	s := n.server()
 	for _, p := range s.table.all() {
 		p.mu.Lock()
-		l := p.locationLocked(s.cfg.Number)
+		l := p.locationLocked()
 		p.mu.Unlock()
 		if l.Client != 0 && !yield(l) {
 			return

@@ -133,7 +133,7 @@ func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]b
 	r.counters.receivedBytes.Add(bytes)
 	a.heard.Store(r.now.UnixNano())
 	a.peer.heard.Store(r.now.UnixNano())
-	if m := a.moved(top, from, r.conn); m.changed {
+	if m := a.moved(top, from, r.conn, r.cfg.Number); m.changed {
 		if m.roamed {
 			r.counters.roamed.Add(1)
 		}

@@ -54,6 +54,7 @@ type peer struct {
 	top       uint64 // highest counter of any of its sessions: the newest word on where it is
 	initiated uint64 // timestamp of its last initiation
 	at        place  // the zero value while the client isn't there
+	by        uint16 // number of the server that heard it there
 }
 
 // table is the cache of sessions and what was learned of clients. Sessions
@@ -205,10 +206,11 @@ type move struct {
 	news    bool // which the other servers don't know
 }
 
-// moved notes that a packet with this counter came from an endpoint. Only a
+// moved notes that a packet with this counter came from an endpoint to the server
+// of the number self. Only a
 // packet newer than all before moves the client, so a late or replayed one
 // can't drag it back (PROTOCOL.md 5.5).
-func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn) (m move) {
+func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn, self uint16) (m move) {
 	p := a.peer
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -227,14 +229,16 @@ func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn) (m
 		roamed:  p.at.to.IsValid() && (p.at.to != at.to || p.at.local != at.local),
 		news:    p.at != at,
 	}
-	p.at = at
+	if m.news {
+		p.at, p.by = at, self
+	}
 	return m
 }
 
 // learn takes another server's word on where the client is, with the counter of
 // the packet that showed it. The client's own counter orders what servers say,
 // so neither their clocks nor the order of their messages matter.
-func (p *peer) learn(at place, counter uint64) bool {
+func (p *peer) learn(at place, counter uint64, by uint16) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if counter < p.top || counter == p.top && p.at != (place{}) {
@@ -244,7 +248,7 @@ func (p *peer) learn(at place, counter uint64) bool {
 	if p.at == at {
 		return false
 	}
-	p.at = at
+	p.at, p.by = at, by
 	p.path.Store(nil) // made again when there is a packet to send
 	return true
 }

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,6 +34,8 @@ const (
 	// started as a whole needs some seconds until it has a majority.
 	numberWait = 2 * time.Minute
 	numberTry  = 500 * time.Millisecond
+	// numberPatience is how long a server that had a number before waits.
+	numberPatience = 10 * time.Second
 )
 
 // registryConfig is what the flags say about the registry.
@@ -60,6 +63,11 @@ func (c *config) parseRegistry(s *cmd.Settings) error {
 		}
 		r.url = where
 	}
+	if dir := s.String("state-dir"); dir != "" {
+		r.dir = filepath.Join(dir, "registry")
+	} else {
+		r.dir = filepath.Join(filepath.Dir(c.clusterFile), "registry")
+	}
 	if r.listen == "" {
 		if len(r.join) > 0 {
 			return cmd.Usage("add --cluster-listen with the address at which the others reach this server", "--cluster-join needs --cluster-listen")
@@ -75,11 +83,6 @@ func (c *config) parseRegistry(s *cmd.Settings) error {
 			return cmd.Usage("give the --cluster-listen address of another server, such as 192.0.2.12:6222", "--cluster-join %s: %w", text, err)
 		}
 	}
-	dir := s.String("state-dir")
-	if dir == "" {
-		dir = filepath.Dir(c.clusterFile)
-	}
-	r.dir = filepath.Join(dir, "registry")
 	return nil
 }
 
@@ -92,7 +95,7 @@ func (c *config) openRegistry(logger *slog.Logger) (registry.Registry, error) {
 	public := c.cluster.Public()
 	key := c.cluster.RegistryKey()
 	reg, err := nats.New(nats.Config{
-		URL: r.url, Listen: r.listen, Join: r.join, StoreDir: r.dir,
+		URL: r.url, Listen: r.listen, Join: r.join, StoreDir: r.dir, Advertise: r.advertise(),
 		ClusterName: "anytun-" + hex.EncodeToString(public[:8]), ServerName: serverName(r.listen),
 		Secret: hex.EncodeToString(key[:]), Logger: logger,
 	})
@@ -100,6 +103,16 @@ func (c *config) openRegistry(logger *slog.Logger) (registry.Registry, error) {
 		return nil, cmd.Failure("check --registry, --cluster-listen and --cluster-join", "registry: %w", err)
 	}
 	return reg, nil
+}
+
+// advertise is what other servers are told to connect to: the very address in
+// --cluster-listen, since a server of a cluster has anycast addresses, too, which
+// lead to anybody.
+func (r *registryConfig) advertise() string {
+	if a, err := netip.ParseAddrPort(r.listen); err == nil && !a.Addr().IsUnspecified() {
+		return r.listen
+	}
+	return ""
 }
 
 // maxServerName is the longest name that the registry's engine takes.
@@ -144,27 +157,39 @@ type numberHolder struct {
 	registry registry.Registry
 	claim    registry.Claim
 	log      *slog.Logger
+	file     string // holds the number of the last time
 }
 
 // leaseNumber gets a number that no other server of the cluster has. It waits
-// until the registry can say so.
-func leaseNumber(ctx context.Context, reg registry.Registry, owner uint32, logger *slog.Logger) (*numberHolder, error) {
+// until the registry can say so; but a server that had a number before goes on
+// with that one when there is nobody to ask, since it would else be down with the
+// others, and asks again later.
+func leaseNumber(ctx context.Context, reg registry.Registry, r *registryConfig, logger *slog.Logger) (*numberHolder, error) {
 	ctx, cancel := context.WithTimeout(ctx, numberWait)
 	defer cancel()
-	h := &numberHolder{registry: reg, log: logger, claim: registry.Claim{Kind: registry.ClaimServer, Index: 1, Owner: owner}}
-	told := false
+	h := &numberHolder{
+		registry: reg, log: logger, file: filepath.Join(r.dir, "server-number"),
+		claim: registry.Claim{Kind: registry.ClaimServer, Index: 1, Owner: r.owner()},
+	}
+	before := h.load()
+	began, told := time.Now(), false
 	for {
 		h.claim.Until = time.Now().Add(numberLease).Round(0)
 		_, err := reg.Claim(ctx, h.claim)
 		switch {
 		case err == nil:
 			logger.Info("leased a server number", "server_number", h.claim.Index)
+			h.save()
 			return h, nil
 		case errors.Is(err, registry.ErrTaken):
 			if h.claim.Index++; h.claim.Index > maxServer {
 				return nil, cmd.Failure("wait until the leases of servers that are gone have ended, or give --server-number", "every server number is taken")
 			}
 			continue
+		case before != 0 && time.Since(began) > numberPatience:
+			h.claim.Index = before
+			logger.Warn("the registry can't be asked; going on with the server number of the last time", "server_number", before, "reason", err)
+			return h, nil
 		case !told:
 			told = true
 			logger.Info("waiting for the registry, for a server number", "reason", err)
@@ -175,6 +200,30 @@ func leaseNumber(ctx context.Context, reg registry.Registry, owner uint32, logge
 				"the registry gives this server no number: %w", err)
 		case <-time.After(numberTry):
 		}
+	}
+}
+
+// load returns the number of the last time, or 0.
+func (h *numberHolder) load() uint32 {
+	text, err := os.ReadFile(h.file)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 16)
+	if err != nil {
+		return 0
+	}
+	return uint32(n)
+}
+
+// save keeps the number for the next start.
+func (h *numberHolder) save() {
+	err := os.MkdirAll(filepath.Dir(h.file), 0o700)
+	if err == nil {
+		err = cmd.ReplaceFile(h.file, []byte(strconv.FormatUint(uint64(h.claim.Index), 10)+"\n"), 0o600)
+	}
+	if err != nil {
+		h.log.Warn("can't keep the server number for the next start", "error", err)
 	}
 }
 

@@ -109,7 +109,7 @@ func (g *gateway) open(ctx context.Context) error {
 		g.number = 1
 	}
 	if g.number == 0 {
-		if g.numbers, err = leaseNumber(ctx, g.bus, g.registry.owner(), g.log); err != nil {
+		if g.numbers, err = leaseNumber(ctx, g.bus, &g.registry, g.log); err != nil {
 			return err
 		}
 		g.number = uint16(g.numbers.claim.Index)

@@ -125,6 +125,17 @@ func TestNumbersAreLeased(t *testing.T) {
 	if a == b || a == nil || b == nil {
 		t.Errorf("numbers %v and %v", a, b)
 	}
+	for _, s := range servers {
+		s.Signal(syscall.SIGTERM)
+		if code := s.Wait(); code != cmd.ExitDone {
+			t.Errorf("exit code %d", code)
+		}
+	}
+	// Alone there is nobody to ask, but a server that had a number goes on with it.
+	s := command.Start(t, "--state-dir", second, "--listen", "127.0.0.1:0", "--cluster-listen", ports[1], "--cluster-join", ports[0])
+	if again := s.Line(t, "serving")["server_number"]; again != b {
+		t.Errorf("number %v the first time, %v when it started again", b, again)
+	}
 }
 
 // freePorts returns addresses on loopback that nobody listened at a moment ago.
