@@ -61,9 +61,10 @@ func (s *Stack) Resume(gap time.Duration) {
 	d := s.dev
 	t := &d.flows
 	t.suspect.Store(false)
-	if gap <= 0 || d.outClosed.Load() {
+	if gap <= 0 || !s.enter() {
 		return
 	}
+	defer s.handlers.Done()
 	r := resume{now: t.now(), gap: int64(gap), reverts: min(bits.Len64(uint64(gap/firstRTO))+1, maxReverts)}
 	// Our own data first, since it may be what the peers wait for.
 	for i := range t.sets {
@@ -79,6 +80,10 @@ func (s *Stack) Resume(gap time.Duration) {
 		b.putNudge(&r.nudges[i], r.reverts)
 	}
 	b.done()
+	// The timeouts were the gap's fault, not congestion's: see outage.go.
+	for i := range r.senders {
+		s.restartFlow(&r.senders[i])
+	}
 	d.counters.gapResent.Add(uint64(len(r.firsts)))
 	d.counters.gapNudged.Add(uint64(len(r.nudges)))
 	s.log.Debug("netstack resumed", "gap", gap, "resent", len(r.firsts), "nudged", len(r.nudges))
@@ -89,6 +94,7 @@ type resume struct {
 	now, gap int64 // ns
 	reverts  int
 	firsts   [][]byte
+	senders  []flowKey // of firsts
 	nudges   []nudge
 }
 
@@ -113,6 +119,7 @@ func (r *resume) collect(set *flowSet) {
 		}
 		if f.first != nil && (!f.unaKnown || before(f.una, f.firstEnd)) {
 			r.firsts = append(r.firsts, f.first)
+			r.senders = append(r.senders, f.key)
 			f.first = nil
 		}
 		// A flow that received something after the gap has its timers in order.

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -252,13 +253,13 @@ func TestGapLinux(t *testing.T) {
 	}
 }
 
-// One transfer whose packets take three roads, with Linux at the other end.
+// One transfer at a time whose packets take three roads of different length,
+// with Linux at the other end. The limit is for liveness; the figures are in the
+// log.
 func TestRoadsLinux(t *testing.T) {
-	if os.Getenv("E_ROADS") == "" {
-		t.Skip()
-	}
-	ms := time.Millisecond
-	for _, delays := range [][]time.Duration{{5 * ms}, {5 * ms, 5 * ms, 5 * ms}, {5 * ms, 6 * ms, 8 * ms}, {5 * ms, 10 * ms, 20 * ms}, {10 * ms, 40 * ms, 70 * ms}} {
+	const ms = time.Millisecond
+	const size, limit = 4 << 20, 40 * time.Second
+	for _, delays := range [][]time.Duration{{5 * ms, 6 * ms, 8 * ms}, {5 * ms, 10 * ms, 20 * ms}} {
 		for _, up := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v up=%v", delays, up), func(t *testing.T) {
 				k, do := newKernel(t, delays...)
@@ -276,23 +277,24 @@ func TestRoadsLinux(t *testing.T) {
 					t.Fatal(err)
 				}
 				_ = l.Close()
-				defer a.Close()
 				from, to := net.Conn(a), net.Conn(c)
 				if up {
 					from, to = c, a
 				}
-				n := 32 << 20
 				began := time.Now()
-				var first time.Duration
-				go func() { _, _ = io.Copy(struct{ io.Writer }{from}, &pattern{bytes: n}); from.Close() }()
-				_ = to.SetDeadline(time.Now().Add(60 * time.Second))
-				checkPattern(t, to, n)
-				d := time.Since(began)
-				_ = first
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					_, _ = io.Copy(struct{ io.Writer }{from}, &pattern{bytes: size})
+					_ = from.(interface{ CloseWrite() error }).CloseWrite()
+				})
+				_ = to.SetDeadline(time.Now().Add(limit))
+				checkPattern(t, to, size)
+				took := time.Since(began)
+				_, _ = a.Close(), c.Abort()
+				wg.Wait()
 				st := k.stack.Stats()
-				tc := k.stack.st.Stats().TCP
-				t.Logf("ROADS %v up=%v: %.2f s, %.1f MB/s; held %d dropped %d released %d retrans %d timeouts %d recov %d repaired %d window %v", delays, up, d.Seconds(), float64(n)/1e6/d.Seconds(),
-					st.AcksHeld, st.AcksDropped, st.AcksReleased, st.TCPRetransmits, tc.Timeouts.Value(), tc.SACKRecovery.Value(), k.stack.outage.repaired.Load(), k.stack.dev.flows.paths[0].out.window(k.stack.dev.flows.now(), 0))
+				t.Logf("%.2f s, %.1f MB/s; acks held %d, dropped %d, released %d; sent again %d", took.Seconds(),
+					size/1e6/took.Seconds(), st.AcksHeld, st.AcksDropped, st.AcksReleased, st.TCPRetransmits)
 			})
 		}
 	}

@@ -359,13 +359,9 @@ func stripSACK(tcp []byte) {
 // releaseHeld hands over what has waited long enough. It is the timer's
 // function; Close waits for it.
 func (s *Stack) releaseHeld() {
-	s.mu.RLock()
-	if s.closed {
-		s.mu.RUnlock()
+	if !s.enter() {
 		return
 	}
-	s.handlers.Add(1)
-	s.mu.RUnlock()
 	defer s.handlers.Done()
 	t := &s.dev.flows
 	var due [16]dueHold
@@ -452,7 +448,7 @@ func (p *reorderPath) late(d time.Duration, now int64) {
 func (p *reorderPath) spurious(now int64) {
 	w := p.window(now, 0)
 	p.mu.Lock()
-	again := now-p.reported < int64(holdMax)
+	again := p.reported != 0 && now-p.reported < int64(holdMax)
 	if !again {
 		p.reported = now
 	}

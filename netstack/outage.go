@@ -83,8 +83,11 @@ func (s *Stack) repair() {
 			continue // only established endpoints take the option
 		}
 		var info tcpip.TCPInfoOption
-		if err := ep.GetSockOpt(&info); err == nil && info.SndSsthresh == collapsed {
-			s.restart(ep)
+		if err := ep.GetSockOpt(&info); err != nil || info.SndSsthresh != collapsed {
+			continue
+		}
+		if !s.restart(ep) {
+			s.outage.seen.Store(0) // look again
 		}
 	}
 }

@@ -139,7 +139,8 @@ type Stack struct {
 	ports       ports
 	portsUsedUp func() // Config's
 
-	// handlers are the running calls of ForwardTCP's handler, and of repair.
+	// handlers are the running calls of ForwardTCP's handler, of repair and
+	// Resume, and the like.
 	handlers sync.WaitGroup
 
 	// mu is held for reading while an endpoint is made, so that Close misses
@@ -281,6 +282,18 @@ func (s *Stack) Close() error {
 	s.st.Destroy()
 	s.dev.outClosed.Store(true)
 	return nil
+}
+
+// enter makes Close wait until s.handlers.Done is called, or reports false when
+// the stack is closed already.
+func (s *Stack) enter() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.closed {
+		return false
+	}
+	s.handlers.Add(1)
+	return true
 }
 
 func (s *Stack) awaitHandlers(ended chan<- struct{}) {
