@@ -310,7 +310,8 @@ func (s *stand) runOn(args []string) error {
 	case err = <-done:
 	case <-s.signals:
 		cancel()
-		err = <-done
+		<-done
+		return nil
 	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
