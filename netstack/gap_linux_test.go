@@ -192,7 +192,7 @@ func TestGapLinux(t *testing.T) {
 			}
 			_ = l.Close()
 			t.Cleanup(func() { _ = a.Close(); _ = c.Abort() })
-			from, to := net.Conn(a), net.Conn(c)
+			from, to := a, net.Conn(c)
 			if up {
 				from, to = c, a
 			}
@@ -277,7 +277,7 @@ func TestRoadsLinux(t *testing.T) {
 					t.Fatal(err)
 				}
 				_ = l.Close()
-				from, to := net.Conn(a), net.Conn(c)
+				from, to := a, net.Conn(c)
 				if up {
 					from, to = c, a
 				}

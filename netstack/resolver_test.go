@@ -530,3 +530,23 @@ func TestInterleave(t *testing.T) {
 		t.Errorf("%d addresses", n)
 	}
 }
+
+// A long answer comes over UDP, in fragments: TCP isn't tried.
+func TestLookupLongAnswer(t *testing.T) {
+	p := newPair(t)
+	var records []dnsRecord
+	for i := range 200 {
+		records = append(records, dnsRecord{"long.example", netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}).String(), 60})
+	}
+	answer := zone(records...)
+	d := p.serveDNS(t, 53, func(q dnsmessage.Question, tcp, edns bool) *dnsReply {
+		if tcp {
+			t.Error("asked over TCP")
+		}
+		return answer(q, tcp, edns)
+	})
+	got, err := p.client.Resolver([]netip.AddrPort{d.at}).LookupNetIP(testContext(t), "ip4", "long.example")
+	if err != nil || len(got) != 200 {
+		t.Errorf("%d addresses, %v", len(got), err)
+	}
+}
