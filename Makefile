@@ -33,7 +33,7 @@ vet:
 unit:
 	$(GO) test -v -timeout 5m $(UNIT) | $(SHOW)
 race:
-	$(GO) test -race -shuffle=on -timeout 10m $(UNIT)
+	$(GO) test -race -short -shuffle=on -timeout 10m $(UNIT)
 netns:
 	$(GO) test -v -count=1 -timeout 15m ./test/lab | $(SHOW)
 # The anycast cluster of the tests, left standing for a person until Ctrl-C.
