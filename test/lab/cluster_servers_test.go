@@ -109,9 +109,17 @@ func (c *cluster3) start(t *testing.T, number int, more ...string) {
 	s.daemon.listening(t, "udp", serverPort)
 }
 
-// endQuickly spares the end of a test the time that a daemon takes to drain.
+// endQuickly spares the end of a test the time that a daemon takes to drain, and
+// looks at what the daemon has said of itself.
 func (c *cluster3) endQuickly(d *daemon) {
-	c.t.Cleanup(func() { d.signal(c.t, syscall.SIGKILL) })
+	c.t.Cleanup(func() {
+		d.signal(c.t, syscall.SIGKILL)
+		for _, word := range []string{"panic: ", "fatal error: ", "WARNING: DATA RACE"} {
+			if _, after, found := strings.Cut(d.printed(), word); found {
+				c.t.Errorf("%s: %s%s", d.name, word, after[:min(len(after), 6000)])
+			}
+		}
+	})
 }
 
 // startStandIn starts what a server does in the network's eyes: it announces the
