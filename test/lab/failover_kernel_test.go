@@ -50,8 +50,9 @@ func (c *cluster3) startKernel(t *testing.T) {
 		}
 		return nil
 	})
+	// The first answer of any may come to a server before the mapping of its port does.
 	eventually(t, 20*time.Second, func() error {
-		if r := c.app.try(t, 10*time.Second, "ping", "-c", "1", "-W", "1", dst4.String()); r.code != 0 {
+		if r := c.app.try(t, 10*time.Second, "ping", "-c", "3", "-i", "0.2", "-W", "1", dst4.String()); r.code != 0 {
 			return fmt.Errorf("no answer through the tunnel: %s", r.stdout)
 		}
 		return nil
