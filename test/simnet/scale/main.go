@@ -80,7 +80,7 @@ func defaults() config {
 		Part: 0.3, On: 2 * time.Hour, Off: 4 * time.Hour, Flows: 1,
 		OldSession: 2 * time.Minute, Patience: 100 * time.Second,
 		Delay: 30 * time.Millisecond, Linger: 50 * time.Millisecond, Groups: 2,
-		Forget: 3 * seenInterval,
+		Forget: 3 * seenInterval, Own: true,
 	}
 }
 
@@ -115,7 +115,7 @@ func (c *config) flags(f *flag.FlagSet) {
 	f.DurationVar(&c.Partition, "partition", c.Partition, "how long the registry is in parts, from the middle of the day on")
 	f.IntVar(&c.Groups, "groups", c.Groups, "number of those parts; 0: every server is alone")
 	f.DurationVar(&c.Forget, "forget", c.Forget, "rule: how long a server takes others' word for a client being there")
-	f.BoolVar(&c.Own, "own", c.Own, "rule: AskOwn gets what the answering server heard itself, and no more")
+	f.BoolVar(&c.Own, "own", c.Own, "rule: a server that is asked for what it heard itself says no more than that")
 }
 
 func (c *config) check() error {

@@ -25,7 +25,7 @@ const (
 
 var causeNames = [causesNumber]string{
 	"route flips of unstable clients", "other route changes", "site dies, client behind it", "site dies, peer behind it",
-	"site starts without having the snapshot", "client's address or port changes", "news late after a server's death",
+	"site starts without having the snapshot", "client's address or port changes", "location told only after the route had changed",
 	"first flow of a session", "registry in parts",
 }
 

@@ -109,7 +109,11 @@ func TestPartition(t *testing.T) {
 	c := small()
 	c.Partition = 10 * time.Minute
 	forgets := simulate(t, c).stats.causes[causeCut].broken
-	c.Forget = time.Hour
+	c.Groups = 0
+	if n := simulate(t, c).stats.causes[causeCut].broken; n > forgets/4 {
+		t.Errorf("%d flows broken where every server is alone, which forgets nobody", n)
+	}
+	c.Groups, c.Forget = 2, time.Hour
 	believes := simulate(t, c).stats.causes[causeCut].broken
 	c.OldSession = time.Hour
 	opens := simulate(t, c).stats.causes[causeCut].broken
@@ -244,7 +248,7 @@ func TestRetransmitted(t *testing.T) {
 
 func TestCommand(t *testing.T) {
 	var b bytes.Buffer
-	if err := run([]string{"-servers", "10", "-clients", "100", "-peers", "50", "-day", "10m", "-partition", "2m", "-own"}, &b); err != nil {
+	if err := run([]string{"-servers", "10", "-clients", "100", "-peers", "50", "-day", "10m", "-partition", "2m", "-own=false"}, &b); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"| all |", "B/s", "snapshots, after the partition"} {
