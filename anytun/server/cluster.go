@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/anytun-go/anytun/anytun/registry"
+	"github.com/anytun-go/anytun/anytun/session"
 )
 
 // What servers tell each other, by the registry. None of it is about a
@@ -21,57 +22,104 @@ import (
 
 // seenInterval is how often servers tell whom they hear. It bounds what a
 // message that was caught can be replayed to (SECURITY.md), and three of them
-// are how long a client that falls silent counts as there elsewhere.
+// are how long a client that falls silent counts as there.
 const seenInterval = 2 * time.Minute
 
 // seenBatch is the number of clients in one message, some 12 bytes each.
 const seenBatch = 64
 
-// publish tells where a client is now.
-func (s *Server) publish(p *peer) {
+// wordRate and wordBurst bound what is told of one client, per second and at
+// once, whatever it makes of its endpoints; the newest of it is told in the end.
+const wordRate, wordBurst = 1, 20
+
+// publish tells where a client is now, or that it has left.
+func (s *Server) publish(p *peer, now time.Time) {
 	p.mu.Lock()
+	if !p.words.Take(now, wordRate, wordBurst) {
+		again := p.late
+		p.late = true
+		p.mu.Unlock()
+		if !again {
+			s.lateMu.Lock()
+			s.late = append(s.late, p)
+			s.lateMu.Unlock()
+		}
+		return
+	}
 	l := p.locationLocked()
 	p.mu.Unlock()
-	if l.Client != 0 {
-		s.cfg.Registry.PublishLocation(l)
+	s.cfg.Registry.PublishLocation(l)
+}
+
+// publishLate tells what there was too much of before.
+func (s *Server) publishLate(now time.Time) {
+	s.lateMu.Lock()
+	list := s.late
+	s.late = nil
+	s.lateMu.Unlock()
+	for _, p := range list {
+		p.mu.Lock()
+		p.late = false
+		p.mu.Unlock()
+		s.publish(p, now)
 	}
 }
 
-// locationLocked is the zero value if the client isn't there.
+// locationLocked is a goodbye if the client isn't there.
 func (p *peer) locationLocked() registry.Location {
-	if p.at == (place{}) {
-		return registry.Location{}
-	}
 	return registry.Location{
-		Client: p.number, Session: p.at.key.id, Epoch: p.at.key.epoch, Counter: p.top,
-		Endpoint: p.at.to, Local: p.at.local, Server: p.by,
+		Client: p.number, Session: p.at.key.id, Epoch: p.at.key.epoch, Counter: p.placed,
+		Endpoint: p.at.to, Local: p.at.local, Server: p.by, Left: p.at == (place{}),
 	}
 }
 
-// left ends what is known of a client that says goodbye.
-func (s *Server) left(a *association) {
-	counter, left := a.leave()
-	if !left {
+// left ends what is known of a client that says goodbye by the message with this
+// counter.
+func (s *Server) left(a *association, counter uint64, now time.Time) {
+	// One more than that, since the message may have shown a new place as well, of
+	// which the others are told, too. The client says nothing after it.
+	counter++
+	if !a.leave(counter, s.cfg.Number) {
 		return
 	}
 	s.log.Info("client left", "client", a.Client)
-	s.cfg.Registry.PublishLocation(registry.Location{
-		Client: a.Client, Session: a.key.id, Epoch: a.key.epoch, Counter: counter, Server: s.cfg.Number, Left: true,
-	})
+	s.publish(a.peer, now)
 }
 
 // gossipLoop tells whom this server hears.
 func (s *Server) gossipLoop(ctx context.Context) {
 	t := time.NewTicker(seenInterval)
 	defer t.Stop()
+	late := time.NewTicker(time.Second)
+	defer late.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-t.C:
 			s.gossip(now)
+		case now := <-late.C:
+			s.publishLate(now)
 		}
 	}
+}
+
+// silentSince is the time since when a client must have been heard to count as
+// there, and false if this server can't tell. Where it is alone that is three
+// intervals of keep-alives; else a client that is silent here may be heard by
+// another server, which says so every seenInterval, but not while the registry is
+// down or the others are cut off. It belongs to sweepLoop.
+func (s *Server) silentSince(now time.Time) (since time.Time, ok bool) {
+	others := s.cfg.Registry.Stats().Peers > 0
+	s.cluster = s.cluster || others
+	if !s.cluster {
+		return now.Add(-3 * s.cfg.KeepAlive), true
+	}
+	if !others || s.cfg.Registry.Ready() != nil {
+		s.deaf = now
+	}
+	patience := 3 * max(seenInterval, s.cfg.KeepAlive)
+	return now.Add(-patience), now.Sub(s.deaf) > patience
 }
 
 func (s *Server) gossip(now time.Time) {
@@ -105,7 +153,9 @@ func (n *news) server() *Server { return (*Server)(n) }
 // Location implements registry.Handler.
 func (n *news) Location(l registry.Location) {
 	s := n.server()
-	if !s.cfg.Clients.Enrolled(l.Client) {
+	// A client that isn't enrolled here is kept in mind: the other server may
+	// only have read its clients file earlier. resolve looks.
+	if l.Client == session.Gateway || l.Client > session.MaxClient {
 		return
 	}
 	p := s.table.peer(l.Client)
@@ -145,7 +195,7 @@ func (n *news) Snapshot(yield func(registry.Location) bool) {
 		p.mu.Lock()
 		l := p.locationLocked()
 		p.mu.Unlock()
-		if l.Client != 0 && !yield(l) {
+		if !l.Left && !yield(l) {
 			return
 		}
 	}

@@ -138,12 +138,12 @@ func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]b
 			r.counters.roamed.Add(1)
 		}
 		if m.news {
-			r.publish(a.peer)
+			r.publish(a.peer, r.now)
 		}
 		r.log.Debug("client is at", "client", a.Client, "endpoint", from.Addr)
 	}
 	for _, p := range r.ctl {
-		r.control(a, p, from)
+		r.control(a, p, top, from)
 	}
 	for _, p := range r.lost {
 		r.reject(&path{association: a, to: from, conn: r.conn}, p, packet.HostUnreachable, r.now)
@@ -174,8 +174,9 @@ func (r *receiver) packet(a *association, b, p []byte) {
 	}
 }
 
-// control handles a control message; answers go to where it came from.
-func (r *receiver) control(a *association, p []byte, from udp.Endpoint) {
+// control handles a control message of a run whose highest counter is top; answers
+// go to where it came from.
+func (r *receiver) control(a *association, p []byte, top uint64, from udp.Endpoint) {
 	switch wire.Control(p[0]) {
 	case wire.ControlKeepAlive:
 		m, err := wire.ParseKeepAlive(p)
@@ -192,7 +193,7 @@ func (r *receiver) control(a *association, p []byte, from udp.Endpoint) {
 			r.counters.drops[DropMalformed].Add(1)
 			return
 		}
-		r.left(a)
+		r.left(a, top, r.now)
 	case wire.ControlPortsRequest:
 		m, err := wire.ParsePortsRequest(p)
 		if err != nil {

@@ -74,14 +74,14 @@ func scaleServer(b *testing.B, clients, stride int) (*Server, []registry.Locatio
 			Local:    netip.MustParseAddrPort("203.0.113.1:4444"), Server: 2,
 		}
 		if i%stride == 0 {
-			locations[i].Session = sessionID(b, cluster, n, now)
+			locations[i].Session = granted(b, cluster, n, now).SessionID
 		}
 	}
 	return s, locations
 }
 
-// sessionID is the id of a new session of a client.
-func sessionID(b *testing.B, cluster *session.Cluster, client uint32, now time.Time) uint64 {
+// granted is a new session of a client, its side.
+func granted(b testing.TB, cluster *session.Cluster, client uint32, now time.Time) *session.Granted {
 	b.Helper()
 	key, err := session.NewPrivateKey()
 	if err != nil {
@@ -107,7 +107,7 @@ func sessionID(b *testing.B, cluster *session.Cluster, client uint32, now time.T
 	if err != nil {
 		b.Fatal(err)
 	}
-	return g.Grant.SessionID
+	return g
 }
 
 func heap() uint64 {

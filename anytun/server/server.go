@@ -102,6 +102,13 @@ type Server struct {
 	counters     counters
 	rejecter     rejecter
 	prober       *prober
+
+	lateMu sync.Mutex // guards late
+	late   []*peer    // of whom something is still to be told
+
+	// What silentSince has noticed.
+	cluster bool      // there are other servers, or were
+	deaf    time.Time // when they couldn't be heard
 }
 
 // New checks the configuration and makes a server that does nothing until Run.
@@ -290,17 +297,23 @@ func (s *Server) sweep(now time.Time) {
 	}
 	idle := now.Add(-max(sessionIdle, 3*s.cfg.KeepAlive)).UnixNano()
 	for _, a := range s.table.sweep(func(a *association) bool {
-		return a.heard.Load() < idle || !s.cfg.Cluster.Valid(a.Epoch)
+		// Replays must not keep the replay window of a session alive that has
+		// been replaced: what comes of it later is too old by the new one's word.
+		was := a.old
+		a.old = a.superseded()
+		return a.heard.Load() < idle || was && a.old || !s.cfg.Cluster.Valid(a.Epoch)
 	}) {
 		a.forgetPath()
 	}
-	// A client that is silent for three intervals is gone: its peers' packets
-	// would only wake somebody else's NAT. One that another server hears is
-	// spoken of less often.
-	here, elsewhere := now.Add(-3*s.cfg.KeepAlive).UnixNano(), now.Add(-3*seenInterval).UnixNano()
+	// A client that nobody hears any more is gone: its peers' packets would only
+	// wake somebody else's NAT.
+	since, ok := s.silentSince(now)
 	s.table.each(func(p *peer) {
-		if p.silence(here, elsewhere) {
+		if ok && p.silence(since.UnixNano()) {
 			s.log.Info("client is silent", "client", p.number)
+		}
+		if p.path.Load() != nil && !s.cfg.Clients.Enrolled(p.number) {
+			p.path.Store(nil) // made by a packet that was faster than Reload
 		}
 	})
 }
@@ -309,14 +322,25 @@ func (s *Server) sweep(now time.Time) {
 // them so. To be called after the list of clients has changed.
 func (s *Server) Reload() {
 	for _, a := range s.table.sweep(func(a *association) bool { return !s.cfg.Clients.Enrolled(a.Client) }) {
-		if w := s.pathTo(a.Client); w != nil && w.association == a {
+		if w := a.peer.path.Load(); w != nil && w.association == a {
 			s.sendControl(w, wire.AppendClose(nil, wire.CloseUnknown))
 		}
-		a.leave()
-		if e, ok := s.egress.(*sockets); ok {
-			e.CloseClient(a.Client)
-		}
 		s.log.Info("client is no longer enrolled", "client", a.Client)
+	}
+	// Clients that only other servers hear, too.
+	for _, p := range s.table.all() {
+		if s.cfg.Clients.Enrolled(p.number) {
+			continue
+		}
+		p.mu.Lock()
+		p.forgetLocked()
+		p.mu.Unlock()
+		switch e := s.egress.(type) {
+		case *sockets:
+			e.CloseClient(p.number)
+		case *tunEgress:
+			e.closeClient(p.number)
+		}
 	}
 }
 

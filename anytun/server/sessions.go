@@ -22,6 +22,7 @@ type association struct {
 	key   sessionKey
 	peer  *peer
 	heard atomic.Int64 // UnixNano of the last authentic packet
+	old   bool         // sweep's: the client had a newer session at the last sweep already
 
 	mu sync.Mutex // guards the session's Opener; its Sealer needs no lock
 	*session.Session
@@ -51,10 +52,13 @@ type peer struct {
 	path   atomic.Pointer[path] // nil while none is known, or none has been needed
 
 	mu        sync.Mutex
-	top       uint64 // highest counter of any of its sessions: the newest word on where it is
-	initiated uint64 // timestamp of its last initiation
-	at        place  // the zero value while the client isn't there
-	by        uint16 // number of the server that heard it there
+	top       uint64         // highest counter of any of its sessions, wherever it was heard
+	placed    uint64         // that of the message which showed at, or said goodbye: it orders what is told of at
+	initiated uint64         // timestamp of its last initiation
+	at        place          // the zero value while the client isn't there
+	by        uint16         // number of the server that heard it there
+	words     session.Bucket // what this server may tell the others of it
+	late      bool           // something is still to be told
 }
 
 // table is the cache of sessions and what was learned of clients. Sessions
@@ -155,18 +159,32 @@ func (t *table) sweep(drop func(*association) bool) (gone []*association) {
 	return gone
 }
 
-// leave forgets where the client is, if that is still through this session. It
-// returns the counter of the last word on it.
-func (a *association) leave() (counter uint64, left bool) {
+// leave forgets where the client is, if that is still through this session: its
+// goodbye has the given counter.
+func (a *association) leave(counter uint64, self uint16) bool {
 	p := a.peer
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.at.key != a.key {
-		return p.top, false
+	if p.at.key != a.key || counter < p.placed {
+		return false
 	}
+	p.top, p.placed, p.by = max(p.top, counter), counter, self
+	p.forgetLocked()
+	return true
+}
+
+// forgetLocked forgets where the client is.
+func (p *peer) forgetLocked() {
 	p.at = place{}
 	p.path.Store(nil)
-	return p.top, true
+}
+
+// superseded says whether the client is known to have a newer session.
+func (a *association) superseded() bool {
+	p := a.peer
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.at != (place{}) && p.at.key != a.key
 }
 
 // forgetPath makes the next packet to the client look for its session again.
@@ -183,10 +201,10 @@ func (p *peer) there() bool {
 	return p.at != (place{})
 }
 
-// silence forgets where the client is if nobody has heard it since: not this
-// server since here, nor another one since elsewhere, both UnixNano.
-func (p *peer) silence(here, elsewhere int64) bool {
-	if p.heard.Load() >= here || p.told.Load() >= elsewhere {
+// silence forgets where the client is if neither this server nor, by their word,
+// another one has heard it since then (UnixNano).
+func (p *peer) silence(since int64) bool {
+	if p.heard.Load() >= since || p.told.Load() >= since {
 		return false
 	}
 	p.mu.Lock()
@@ -194,8 +212,7 @@ func (p *peer) silence(here, elsewhere int64) bool {
 	if p.at == (place{}) {
 		return false
 	}
-	p.at = place{}
-	p.path.Store(nil)
+	p.forgetLocked()
 	return true
 }
 
@@ -217,7 +234,7 @@ func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn, se
 	if counter <= p.top {
 		return m
 	}
-	p.top = counter
+	p.top, p.placed = counter, counter
 	w := p.path.Load()
 	if w != nil && w.association == a && w.to == from && w.conn == conn {
 		return m
@@ -237,14 +254,15 @@ func (a *association) moved(counter uint64, from udp.Endpoint, conn udp.Conn, se
 
 // learn takes another server's word on where the client is, with the counter of
 // the packet that showed it. The client's own counter orders what servers say,
-// so neither their clocks nor the order of their messages matter.
+// so neither their clocks nor the order of their messages matter. What was heard
+// of it since without its place doesn't count: servers tell that apart.
 func (p *peer) learn(at place, counter uint64, by uint16) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if counter < p.top || counter == p.top && p.at != (place{}) {
+	if counter < p.placed || counter == p.placed && p.at != (place{}) {
 		return false
 	}
-	p.top = counter
+	p.top, p.placed = max(p.top, counter), counter
 	if p.at == at {
 		return false
 	}
@@ -299,21 +317,31 @@ func (s *Server) sessionOf(h wire.DataHeader, now time.Time) (a *association, kn
 	return a, false, 0
 }
 
-// derive computes a session. What the cluster has heard of it already is too
-// old to be heard again.
+// derive computes a session. What the cluster has heard of its client already is
+// too old to be heard again: counters rise from one session to the next, so
+// that holds for all of an older one.
 func (s *Server) derive(k sessionKey, now time.Time) *association {
 	sess, err := s.cfg.Cluster.Session(wire.DataHeader{SessionID: k.id, Epoch: k.epoch}, s.cfg.Number, now)
 	if err != nil {
 		return nil
 	}
 	if p := s.table.lookup(sess.Client); p != nil {
-		p.mu.Lock()
-		if p.at.key == k {
-			sess.Raise(p.top)
-		}
-		p.mu.Unlock()
+		sess.Raise(p.watermark(now))
 	}
 	return &association{key: k, Session: sess}
+}
+
+// watermark is a counter a replay window behind which everything of the client is
+// too old. Of one that wasn't heard lately nothing can be on its way any more, so
+// that is all that was heard of it.
+func (p *peer) watermark(now time.Time) uint64 {
+	quiet := max(p.heard.Load(), p.told.Load()) < now.Add(-2*seenInterval).UnixNano()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !quiet {
+		return p.top
+	}
+	return max(p.top, p.top+session.WindowLen) // the latter may overflow
 }
 
 // enter puts a session into the table: after its first authentic packet, or
@@ -344,7 +372,7 @@ func (s *Server) resolve(p *peer, now time.Time) *path {
 	p.mu.Lock()
 	at := p.at
 	p.mu.Unlock()
-	if at == (place{}) {
+	if at == (place{}) || !s.cfg.Clients.Enrolled(p.number) {
 		return nil
 	}
 	conn := s.connAt(at.local)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -146,6 +147,12 @@ func (e *tunEgress) sweepLoop(ctx context.Context) {
 			e.nat.Sweep(now)
 		}
 	}
+}
+
+// closeClient ends what the egress keeps for a client that is gone for good.
+func (e *tunEgress) closeClient(client uint32) {
+	e.Services.CloseClient(client)
+	e.nat.Forget(client, 0, math.MaxUint16)
 }
 
 func (e *tunEgress) publishMapping(m nat.Mapping) { e.Publish(mappingOf(m)) }

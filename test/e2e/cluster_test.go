@@ -177,10 +177,6 @@ func TestStartAndGoodbye(t *testing.T) {
 		settle()
 		u.expect(1, 20)
 		u.host.Kill()
-		time.Sleep(3*session.DefaultKeepAlive + 15*time.Second)
-		if n := w.servers[0].Stats().Clients; n != 0 {
-			t.Error("the server that heard the client last still counts on it")
-		}
 		time.Sleep(10 * time.Minute)
 		for i, s := range w.servers {
 			if n := s.Stats().Clients; n != 0 {
@@ -198,11 +194,104 @@ func TestHeardElsewhere(t *testing.T) {
 		u := w.client(7, w.at(0))
 		settle()
 		w.at(1)(u.host)
-		time.Sleep(90 * time.Minute)
+		for n := uint64(1); n <= 180; n++ { // over a rekey
+			time.Sleep(30 * time.Second)
+			w.peer(w.servers[0], 7, n, n)
+			settle()
+			u.expect(n, n)
+		}
+	})
+}
+
+// However long the registry is gone, servers don't forget whom they would hear of
+// by it.
+func TestRegistryGoneForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2)
+		u := w.client(7, w.at(0))
+		time.Sleep(time.Minute)
+		w.hub.Partition(name(1), true)
+		w.hub.Partition(name(2), true)
+		for n := uint64(1); n <= 20; n++ { // less than a rekey
+			time.Sleep(2 * time.Minute)
+			w.peer(w.servers[1], 7, n, n)
+			settle()
+			u.expect(n, n)
+		}
+		u.host.Kill()
+		w.hub.Partition(name(1), false)
+		w.hub.Partition(name(2), false)
+		time.Sleep(15 * time.Minute)
+		for i, s := range w.servers {
+			if n := s.Stats().Clients; n != 0 {
+				t.Errorf("server %d counts on a client that is silent since the registry is back", i+1)
+			}
+		}
+	})
+}
+
+// What was caught of a session is worth nothing once the client has another one,
+// nor after it has gone: not at a server that knew the session, not at one that
+// didn't.
+func TestReplayOfOldSession(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, 3)
+			u := w.client(7, w.at(0))
+			settle()
+			w.at(1)(u.host) // the second server knows the session, too
+			u.send(1, 1)
+			settle()
+			w.at(0)(u.host)
+			time.Sleep(40 * time.Minute)
+			var wiretap tap
+			w.net.SetTrace(wiretap.trace)
+			u.send(11, 20)
+			settle()
+			w.net.SetTrace(nil)
+			if gone {
+				u.host.Kill()
+				time.Sleep(20 * time.Minute)
+			} else {
+				time.Sleep(25 * time.Minute)
+			}
+			before := []int{w.servers[0].echo.count(), w.servers[1].echo.count(), w.servers[2].echo.count()}
+			thief, conn := w.stranger()
+			for i, s := range w.servers {
+				w.net.SetRoute(thief, anycast, s.host)
+				for _, e := range wiretap.events() {
+					if e.To == service {
+						if err := conn.WriteBatch([][]byte{e.Payload}, udp.Endpoint{Addr: service}); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				settle()
+				if n := s.echo.count() - before[i]; n != 0 {
+					t.Errorf("client gone %v: server %d let %d replayed packets out", gone, i+1, n)
+				}
+			}
+		})
+	}
+}
+
+// A client that is taken off the list is nobody at servers that only know it by
+// hearsay, too.
+func TestRevokedElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 2)
+		u := w.client(7, w.at(0))
 		settle()
-		w.peer(w.servers[0], 7, 1, 20)
+		w.clients.remove(u.key.Public())
+		w.servers[1].Reload()
+		w.peer(w.servers[1], 7, 1, 10)
 		settle()
-		u.expect(1, 20)
+		if once, _ := u.came(1, 10); once != 0 {
+			t.Error("packets of a revoked client's peer passed")
+		}
+		if n := w.servers[1].Stats().Clients; n != 0 {
+			t.Error("the server still counts on it")
+		}
 	})
 }
 

@@ -308,9 +308,9 @@ func (p *tap) events() []simnet.Event {
 func TestReplayMovesNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 2)
-		u := w.client(7, func(h *simnet.Host) { w.net.SetRoute(h, anycast, w.servers[0].host) })
 		var wiretap tap
-		w.net.SetTrace(wiretap.trace)
+		w.net.SetTrace(wiretap.trace) // before the client sends anything
+		u := w.client(7, func(h *simnet.Host) { w.net.SetRoute(h, anycast, w.servers[0].host) })
 		settle()
 		u.send(1, 20)
 		settle()
@@ -391,9 +391,9 @@ func TestLatePacketMovesNobody(t *testing.T) {
 func TestGarbage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1)
-		u := w.client(7)
 		var wiretap tap
 		w.net.SetTrace(wiretap.trace)
+		u := w.client(7)
 		settle()
 		u.send(1, 5)
 		settle()
