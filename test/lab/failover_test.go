@@ -72,8 +72,9 @@ type trial struct {
 	c       *cluster3
 	scale   failoverScale
 	row     row
-	streams int // how many there have to be at the end
-	falls   int // BGP sessions of living servers that the case ends
+	streams int     // how many there have to be at the end
+	falls   int     // BGP sessions of living servers that the case ends
+	fault   *report // of the time until what was broken is put right, if it is
 }
 
 // A failoverCase is a row of the table. do makes the fault and puts it right;
@@ -139,9 +140,14 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 	time.Sleep(x.scale.before)
 	before, lost, fallen := x.c.counts(t), x.c.losses(t), x.c.fallen()
 	x.mark()
+	gaps := x.c.proxy.samples(t, proxyAdminPort, "anytun_client_gap")
 	do(x, t)
-	time.Sleep(x.scale.after)
-	during := x.report()
+	if x.fault == nil {
+		time.Sleep(x.scale.after)
+		r := x.report()
+		x.fault = &r
+	}
+	during := *x.fault
 	if err := x.more(10); err != nil {
 		t.Error(err)
 	}
@@ -151,6 +157,11 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 	for name, n := range x.c.losses(t) {
 		if more := n - lost[name]; more > 0 {
 			t.Logf("%s: %.0f more", name, more)
+		}
+	}
+	for name, n := range x.c.proxy.samples(t, proxyAdminPort, "anytun_client_gap") {
+		if more := n - gaps[name]; more != 0 {
+			t.Logf("proxy %s: %.3f more", name, more)
 		}
 	}
 
@@ -173,6 +184,10 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 		r.stalls = append(r.stalls, max(0, s-longest))
 	}
 	t.Log(r)
+	for _, kind := range []byte{kindUp, kindDown, kindPing} {
+		s := during.stalls(kind)
+		t.Logf("%s: stalls of %v, %v, %v (median, p99, longest)", kindNames[kind], quantile(s, 0.5), quantile(s, 0.99), quantile(s, 1))
+	}
 	for _, f := range r.flows {
 		t.Log(f)
 	}
@@ -272,10 +287,16 @@ func (x *trial) gone(t *testing.T, n int, since time.Time) {
 }
 
 // afterwards puts right what was broken, a while later: coming back is part of
-// the case.
-func (x *trial) afterwards(_ *testing.T, right func()) {
+// the case, but not of its figures.
+func (x *trial) afterwards(t *testing.T, right func()) {
 	time.Sleep(x.scale.after)
+	r := x.report()
+	x.fault = &r
+	x.mark()
 	right()
+	time.Sleep(x.scale.after)
+	back := x.report().stalls()
+	x.row.note = fmt.Sprintf("back again: stalls of %s, p99 %s", ms(quantile(back, 0.5)), ms(quantile(back, 0.99)))
 }
 
 func (x *trial) flip(t *testing.T) {

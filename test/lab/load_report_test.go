@@ -71,11 +71,17 @@ func (r report) why() string {
 	return strings.Join(parts, ", ")
 }
 
-// stalls are the sorted stalls of the streams that move all the time.
-func (r report) stalls() (d []time.Duration) {
+// stalls are the sorted stalls of the streams of some kinds, or of all kinds
+// that move all the time.
+func (r report) stalls(kinds ...byte) (d []time.Duration) {
+	if len(kinds) == 0 {
+		kinds = []byte{kindUp, kindDown, kindPing}
+	}
 	for _, s := range r.streams {
-		if s.Kind != kindNames[kindIdle] && s.Kind != "" {
-			d = append(d, s.Stall)
+		for _, k := range kinds {
+			if s.Kind == kindNames[k] {
+				d = append(d, s.Stall)
+			}
 		}
 	}
 	slices.Sort(d)
