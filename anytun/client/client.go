@@ -124,7 +124,8 @@ type Client struct {
 	suspect        atomic.Bool  // controlLoop wants to be woken by the next message
 	moved          atomic.Bool  // the last answered keep-alive came another way than what was before it
 	answering      atomic.Uint32
-	steady         uint32        // messages in a row from that server, up to steadyAfter; receiveLoop's
+	reaches        uint16        // server that answered the last keep-alive; receiveLoop's
+	steady         int           // and how many more it answered before, up to steadyAfter
 	resumed        atomic.Uint32 // server that ended the suspicion
 	rtt, smooth    atomic.Int64
 	observed       atomic.Pointer[netip.AddrPort]

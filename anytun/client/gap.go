@@ -12,9 +12,11 @@ import (
 // controlLoop, which receiveLoop wakes for it. Nothing here is per packet, and a
 // route that flips with every packet makes no silence.
 
-// steadyAfter is how many messages in a row make a server the one that answers:
-// where packets are sprayed over several servers, none ever is.
-const steadyAfter = 64
+// steadyAfter is how many answers to keep-alives in a row, behind a first one,
+// make a server the one that this client's packets reach: where packets are
+// sprayed over several servers, none ever is. Other messages don't tell: packets
+// of peers come from the servers that those peers reach.
+const steadyAfter = 6
 
 // gaps is what is remembered of gaps.
 type gaps struct {
@@ -83,24 +85,25 @@ func (c *Client) gapEnded(u *upkeep, s session.Silence) {
 	c.log.Info("nothing got through for a while", "seconds", g.Length.Seconds(), "server", g.After, "server_before", g.Before)
 }
 
-// note remembers which server a message came from, and says whether it is
-// another than a long row of messages before it. Where routes flip for every
-// packet changes are many, so they are counted and not told. Only receiveLoop
+// reached notes which server has answered a keep-alive, and says whether it is
+// another than the one that answered all in a while before it. Only receiveLoop
 // calls it.
-func (c *Client) note(server uint32) (moved bool) {
-	old := c.answering.Load()
-	if old == server {
+func (c *Client) reached(server uint16) (moved bool) {
+	if server == c.reaches {
 		c.steady = min(c.steady+1, steadyAfter)
 		return false
 	}
-	c.changed(server)
-	moved = old != 0 && c.steady == steadyAfter
-	c.steady = 0
+	moved = c.reaches != 0 && c.steady == steadyAfter
+	c.reaches, c.steady = server, 0
 	return moved
 }
 
-// changed notes that another server answers now.
+// changed notes that messages come from another server now. Where routes flip
+// for every packet that is often, so it is counted and not told.
 func (c *Client) changed(server uint32) {
+	if c.answering.Load() == server {
+		return
+	}
 	if old := c.answering.Swap(server); old != 0 && old != server {
 		c.changes.Add(1)
 	}

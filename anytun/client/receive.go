@@ -68,9 +68,9 @@ func (c *Client) receive(batch [][]byte, g *udp.Group) [][]byte {
 		if first == 0 {
 			first = h.Sender
 		}
-		moved := c.note(uint32(h.Sender))
+		c.changed(uint32(h.Sender))
 		if wire.IsControl(p) {
-			c.receiveControl(a, p, moved)
+			c.receiveControl(a, p)
 			continue
 		}
 		packets++
@@ -138,9 +138,8 @@ func (c *Client) receiveHandshake(b []byte) {
 	}
 }
 
-// receiveControl takes a control message; moved: from another server than
-// everything in a while before it.
-func (c *Client) receiveControl(a *active, p []byte, moved bool) {
+// receiveControl takes a control message.
+func (c *Client) receiveControl(a *active, p []byte) {
 	switch wire.Control(p[0]) {
 	case wire.ControlKeepAlive:
 		m, err := wire.ParseKeepAlive(p)
@@ -155,7 +154,7 @@ func (c *Client) receiveControl(a *active, p []byte, moved bool) {
 			c.counters.drops[DropMalformed].Add(1)
 			return
 		}
-		c.alive(m, moved)
+		c.alive(m)
 	case wire.ControlClose:
 		r, err := wire.ParseClose(p)
 		if err != nil {
@@ -183,9 +182,11 @@ func (c *Client) receiveControl(a *active, p []byte, moved bool) {
 
 // alive takes the answer to a keep-alive. It may be a late one: while nothing
 // comes they go out faster than answers may need.
-func (c *Client) alive(m wire.Alive, moved bool) {
+func (c *Client) alive(m wire.Alive) {
+	moved := false
 	fresh := m.Token > c.tokened && m.Token <= c.token.Load()
 	if fresh {
+		moved = c.reached(m.Server)
 		c.tokened = m.Token
 		c.sample(c.moment() - int64(m.Token))
 	}

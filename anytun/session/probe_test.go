@@ -168,6 +168,12 @@ func TestFirstProbe(t *testing.T) {
 			if c.want > 0 {
 				want = []time.Duration{10*time.Second + c.want}
 			}
+			// Where packets came there are follow-ups, each twice as late.
+			pause := followFirst
+			for c.in > 0 && want[len(want)-1]+c.rtt+pause <= 19*time.Second {
+				want = append(want, want[len(want)-1]+c.rtt+pause)
+				pause *= 2
+			}
 			if !slices.Equal(tr.probes, want) {
 				t.Errorf("probes at %v, want %v", tr.probes, want)
 			}
@@ -229,7 +235,7 @@ func TestGap(t *testing.T) {
 		tr := newTrip(t, 20*ms)
 		tr.every(time.Second, 5*ms, 400, true)
 		tr.down = during(3*time.Second, 3437*ms)
-		tr.run(10 * time.Second)
+		tr.run(4 * time.Second) // the first follow-up is later
 		if want := silence(2995*ms, 3515*ms); !slices.Equal(tr.gaps, want) {
 			t.Errorf("gaps %v, want %v", tr.gaps, want)
 		}
@@ -250,8 +256,8 @@ func TestGap(t *testing.T) {
 		tr := newTrip(t, 20*ms)
 		tr.every(time.Second, 5*ms, 400, true)
 		tr.every(5*time.Second, 5*ms, 400, true)
-		tr.run(10 * time.Second)
-		if len(tr.gaps)+len(tr.declared) != 0 || len(tr.suspect) != 2 {
+		tr.run(8 * time.Second)
+		if len(tr.gaps)+len(tr.declared) != 0 || len(tr.suspect) != 3 {
 			t.Errorf("suspected %v, declared %v, gaps %v", tr.suspect, tr.declared, tr.gaps)
 		}
 	})
@@ -259,7 +265,7 @@ func TestGap(t *testing.T) {
 		tr := newTrip(t, 20*ms)
 		tr.every(time.Second, time.Second, 1, true)
 		tr.down = during(1400*ms, 1600*ms)
-		tr.run(10 * time.Second)
+		tr.run(2500 * ms)
 		if len(tr.gaps)+len(tr.declared) != 0 || len(tr.probes) != 2 {
 			t.Errorf("probes %v, declared %v, gaps %v", tr.probes, tr.declared, tr.gaps)
 		}
@@ -281,6 +287,16 @@ func TestGap(t *testing.T) {
 		tr.run(10 * time.Second)
 		if len(tr.gaps) != 0 {
 			t.Errorf("gaps %v", tr.gaps)
+		}
+	})
+	t.Run("forgotten in the middle of a pause", func(t *testing.T) {
+		// A follow-up notices, long before the next keep-alive.
+		tr := newTrip(t, 20*ms)
+		tr.every(time.Second, 5*ms, 400, true)
+		tr.down = during(4*time.Second, 4400*ms)
+		tr.run(10 * time.Second)
+		if len(tr.gaps) != 1 || tr.gaps[0].To.After(start.Add(4600*ms)) {
+			t.Errorf("gaps %v, probes %v", tr.gaps, tr.probes)
 		}
 	})
 	t.Run("a new session ends it", func(t *testing.T) {
@@ -316,7 +332,7 @@ func TestProbeCost(t *testing.T) {
 			tr.every(0, ms, 60_000, false)
 			tr.every(20*ms, 2*ms, 29_990, true)
 		}},
-		{"bursts every 4 s", 15, 15, func(tr *trip) {
+		{"bursts every 4 s", 30, 30, func(tr *trip) {
 			for at := time.Duration(0); at < minute; at += 4 * time.Second {
 				tr.every(at, ms, 1000, true)
 			}

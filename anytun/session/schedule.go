@@ -31,6 +31,11 @@ const (
 	// probeRest is how long after an answered probe a silence that only a sent
 	// packet makes suspicious isn't asked about: many are never answered.
 	probeRest = time.Second
+	// followFirst is the pause after the first answered probe of a silence until
+	// it is asked about again, and doubles each time. A translator on the way may
+	// forget a client in the middle of a silence, and then a peer's packet waits
+	// for the client's next one; so it waits about as long again as the silence was.
+	followFirst = time.Second
 	// probeFast is how many unanswered probes follow each other at two round
 	// trips, before the pause between them doubles.
 	probeFast = 20
@@ -58,6 +63,8 @@ type Schedule struct {
 	probes   int       // sent since something was heard
 	quiet    time.Time // packets up to here needn't be asked about any more
 	answered time.Time // when the last probe was
+	came     bool      // packets came before this silence: a peer may send more
+	follow   int       // probes about it that were answered, but for the first
 	counted  uint64    // Traffic.Packets then
 	busy     bool      // many packets came before
 	heard    time.Time // what was heard last before the first of them
@@ -188,7 +195,7 @@ func (s *Schedule) alive(now, sent, heard time.Time) (send bool, again time.Time
 // if no packet is waited for. A client that only receives sends little, so when
 // a route dies or a translator on the way forgets it, it must notice by itself;
 // keep-alives alone would take an interval. One answer ends it until the next
-// packet. What the first probe waits for:
+// packet, but for follow-ups that grow rare. What the first probe waits for:
 //
 //	many packets came, then none     two round trips
 //	one was sent, nothing came       the same, but once a second
@@ -213,18 +220,25 @@ func (s *Schedule) probe(a *Action, now, heard time.Time, t Traffic) (again time
 		s.quiet, s.answered, s.counted = now, now, t.Packets
 	}
 	due := s.aliveAt.Add(s.pause(answer, now.Sub(heard)))
+	follows := false
 	if s.probes == 0 {
-		due = s.firstProbe(heard, wait, t)
-	}
-	if due.IsZero() {
-		a.Quiet = true
-		return due
-	}
-	if now.Before(due) {
-		if s.probes == 0 {
-			due = earlier(due, now.Add(wait)) // many may have come by then
+		if due = s.firstProbe(heard, wait, t); due.IsZero() {
+			a.Quiet, follows = true, true
+			due = s.followUp()
+		} else {
+			s.came, s.follow = t.Packet.After(s.quiet), 0
 		}
+	}
+	switch {
+	case due.IsZero():
 		return due
+	case now.Before(due) && s.probes == 0 && !follows:
+		return earlier(due, now.Add(wait)) // many may have come by then
+	case now.Before(due):
+		return due
+	case follows:
+		a.Quiet = false
+		s.follow++
 	}
 	if s.probes >= 2 || s.probes == 1 && s.busy {
 		s.gap = true
@@ -260,6 +274,16 @@ func (s *Schedule) firstProbe(heard time.Time, wait time.Duration, t Traffic) (d
 		due, s.silent = answer, t.Waiting
 	}
 	return due
+}
+
+// followUp returns when to ask again about a silence that an answered probe has
+// explained; zero for never.
+func (s *Schedule) followUp() time.Time {
+	pause := followFirst << min(s.follow, 16)
+	if !s.came || s.answered.IsZero() || pause >= s.keepAlive {
+		return time.Time{}
+	}
+	return s.answered.Add(pause)
 }
 
 // pause returns how long the last probe's answer is waited for: at first two
