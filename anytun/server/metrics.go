@@ -27,6 +27,7 @@ const (
 	DropSend                       // the outer socket refused it
 	DropNoBlock                    // initiation of a client whose number has no port block
 	DropPortQueue                  // request for ports while too many wait
+	DropPortRate                   // request for ports too soon after the last one
 	dropCount
 )
 
@@ -34,7 +35,7 @@ var dropNames = [dropCount]string{
 	"malformed", "epoch", "unknown_client", "forged", "replay", "mac",
 	"handshake", "handshake_old", "handshake_queue", "handshake_rate",
 	"unknown_key", "unknown_control", "malformed_inner", "spoofed", "loop",
-	"no_route", "offline", "send", "no_block", "port_queue",
+	"no_route", "offline", "send", "no_block", "port_queue", "port_rate",
 }
 
 func (d Drop) String() string { return dropNames[d] }

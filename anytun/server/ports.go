@@ -19,6 +19,12 @@ const (
 	// portQueue bounds the requests that wait; the newest is dropped and
 	// counted, and its client asks again.
 	portQueue = 64
+	// portPause is the least time between two requests of a client; it is to
+	// wait twice as long (PROTOCOL.md 6.4).
+	portPause = 500 * time.Millisecond
+	// maxLeased is how many blocks one client can lease, so that it can't take
+	// all there are.
+	maxLeased = 16
 	// portTries is how many free-looking blocks are tried: others lease at the
 	// same moment.
 	portTries = 8
@@ -33,7 +39,12 @@ type portRequest struct {
 }
 
 // requestPorts hands a request to portLoop, since the registry takes its time.
-func (s *Server) requestPorts(w *path, m wire.PortsRequest) {
+func (s *Server) requestPorts(w *path, m wire.PortsRequest, now time.Time) {
+	asked := w.peer.asked.Load()
+	if now.UnixNano()-asked < int64(portPause) || !w.peer.asked.CompareAndSwap(asked, now.UnixNano()) {
+		s.counters.drops[DropPortRate].Add(1)
+		return
+	}
 	select {
 	case s.portRequests <- portRequest{w, m}:
 	default:
@@ -51,7 +62,7 @@ func (s *Server) portLoop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case now := <-t.C:
-			s.leases.Expire(now)
+			s.expireLeases(now)
 		case r := <-s.portRequests:
 			timed, cancel := context.WithTimeout(ctx, portTimeout)
 			answer := s.leasePorts(timed, r.path.Client, int(r.Blocks), time.Now())
@@ -59,6 +70,14 @@ func (s *Server) portLoop(ctx context.Context) {
 			answer.Token = r.Token
 			s.sendControl(r.path, wire.AppendPorts(nil, answer))
 		}
+	}
+}
+
+// expireLeases forgets leases that have ended. While the registry is down nobody
+// can renew them, and nobody else can get them, so they stay.
+func (s *Server) expireLeases(now time.Time) {
+	if s.cfg.Registry.Ready() == nil {
+		s.leases.Expire(now)
 	}
 }
 
@@ -73,12 +92,18 @@ func (s *Server) leasePorts(ctx context.Context, client uint32, want int, now ti
 	until := now.Add(portLease)
 	have := s.leases.Blocks(client)
 	for _, block := range have {
+		// A block whose own client has been enrolled since is to be that one's.
+		if s.cfg.Clients.Enrolled(block) {
+			continue
+		}
 		if err := s.claimBlock(ctx, block, client, until); err != nil {
 			m.Status = wire.PortsUnavailable
 			s.log.Debug("can't renew a port block", "client", client, "block", block, "error", err)
 		}
 	}
-	if len(have) < want {
+	if len(have) < want && len(have) >= maxLeased {
+		m.Status = wire.PortsNoneFree
+	} else if len(have) < want {
 		m.Status = s.leaseBlock(ctx, client, until, now)
 	}
 	m.Lifetime = uint32(portLease / time.Second)
@@ -122,11 +147,13 @@ func (s *Server) leaseBlock(ctx context.Context, client uint32, until, now time.
 
 func (s *Server) claimBlock(ctx context.Context, block, client uint32, until time.Time) error {
 	c, err := s.cfg.Registry.Claim(ctx, registry.Claim{Kind: registry.ClaimBlock, Index: block, Owner: client, Until: until})
-	if err != nil {
-		return err
+	switch {
+	case err == nil:
+		s.leases.Set(block, client, c.Until)
+	case errors.Is(err, registry.ErrTaken) && c.Kind == registry.ClaimBlock && c.Index == block:
+		s.leases.Set(block, c.Owner, c.Until) // whose it is; the next try is another block
 	}
-	s.leases.Set(block, client, c.Until)
-	return nil
+	return err
 }
 
 // Claimed implements registry.Handler.

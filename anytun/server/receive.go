@@ -200,7 +200,7 @@ func (r *receiver) control(a *association, p []byte, top uint64, from udp.Endpoi
 			r.counters.drops[DropMalformed].Add(1)
 			return
 		}
-		r.requestPorts(&path{association: a, to: from, conn: r.conn}, m)
+		r.requestPorts(&path{association: a, to: from, conn: r.conn}, m, r.now)
 	default: // a later version's
 		r.counters.drops[DropUnknownControl].Add(1)
 	}

@@ -49,6 +49,7 @@ type peer struct {
 	number uint32
 	told   atomic.Int64         // UnixNano of the last word of another server that it was heard
 	heard  atomic.Int64         // and of its last authentic packet here
+	asked  atomic.Int64         // and of its last request for ports that was taken
 	path   atomic.Pointer[path] // nil while none is known, or none has been needed
 
 	mu        sync.Mutex

@@ -21,10 +21,12 @@ const (
 	udpHeaderLen  = 8
 	icmpEchoLen   = 8 // type, code, checksum, identifier, sequence number
 
-	icmpEchoReply     = 0
-	icmpEchoRequest   = 8
-	icmpv6EchoRequest = 128
-	icmpv6EchoReply   = 129
+	icmpEchoReply      = 0
+	icmpRedirect       = 5
+	icmpEchoRequest    = 8
+	icmpTimestampReply = 14
+	icmpv6EchoRequest  = 128
+	icmpv6EchoReply    = 129
 
 	egressTTL = 64
 )

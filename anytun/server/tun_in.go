@@ -132,12 +132,21 @@ func (e *tunEgress) echo(b *inBatch, v *packet.View) bool {
 	default:
 		return false
 	}
-	e.echoMu.Lock()
-	ok := e.echoes.Take(time.Now(), echoRate, echoBurst)
-	e.echoMu.Unlock()
-	if !ok || !e.Plan.Contains(v.Destination) {
+	ok := e.Plan.Contains(v.Destination)
+	if ok {
+		e.echoMu.Lock()
+		ok = e.echoes.Take(time.Now(), echoRate, echoBurst)
+		e.echoMu.Unlock()
+	}
+	if !ok {
 		e.count.drop(TunDropNobody)
 		return true
+	}
+	// An answer begins a way of its own, whatever the question's was like.
+	if v.Version == 4 {
+		v.Bytes[8] = egressTTL
+	} else {
+		v.Bytes[7] = egressTTL
 	}
 	source, destination := v.Source, v.Destination
 	v.SetSource(destination)

@@ -179,7 +179,10 @@ func (e *tunEgress) mapPort(client uint32, v *packet.View) (public uint16, ok bo
 // translateErrorOut does the same to an ICMP error of a client and to the packet
 // from outside that it quotes.
 func (e *tunEgress) translateErrorOut(v, q *packet.View, client uint32) TunDrop {
-	if v.Quoted(q) != packet.OK || !q.HasPorts || q.Destination != v.Source {
+	// Errors go to whom the quoted packet came from; and no client is a router,
+	// which could redirect.
+	if v.Quoted(q) != packet.OK || !q.HasPorts || q.Destination != v.Source || q.Source != v.Destination ||
+		v.Version == 4 && v.ICMPType == icmpRedirect {
 		return TunDropQuote
 	}
 	port := q.DestinationPort
@@ -231,12 +234,14 @@ func (e *tunEgress) clamp(v *packet.View) {
 	v.ClampMSS(uint16(e.MTU - headers))
 }
 
-// isReply says whether v answers an echo request, whose identifier is not the
-// client's.
+// isReply says whether v answers an echo request or the like, whose identifier is
+// not the client's, even if it is 0.
 func (*tunEgress) isReply(v *packet.View) bool {
 	switch v.Protocol {
-	case packet.ICMPv4, packet.ICMPv6:
-		return v.SourcePort == 0 && v.DestinationPort != 0
+	case packet.ICMPv4:
+		return v.ICMPType == icmpEchoReply || v.ICMPType == icmpTimestampReply
+	case packet.ICMPv6:
+		return v.ICMPType == icmpv6EchoReply
 	}
 	return false
 }

@@ -454,6 +454,79 @@ func TestTunFragments(t *testing.T) {
 	r.dropped(TunDropFragment, func() [][]byte { return r.out(parts[0]) })
 }
 
+// A client can't say what no host says: errors to others than the quoted packet's
+// sender, redirects, answers to what nobody could ask it.
+func TestTunForgedControl(t *testing.T) {
+	r := newTunRig(t)
+	other := map[bool]netip.Addr{true: netip.MustParseAddr("192.0.2.99"), false: netip.MustParseAddr("2001:db8:99::9")}
+	families(func(inner, public, world netip.Addr) {
+		about := datagram(packet.UDP, netip.AddrPortFrom(world, 53), netip.AddrPortFrom(inner, port2), 60)
+		good := icmpError(t, inner, about, packet.PortUnreachable, 0)
+		if got := r.out(slices.Clone(good)); len(got) != 1 {
+			t.Fatal("an honest error was dropped")
+		}
+		r.dropped(TunDropQuote, func() [][]byte {
+			return r.out(summed(requote(slices.Clone(good), inner, other[inner.Is4()])))
+		})
+		if inner.Is4() {
+			redirect := slices.Clone(good)
+			redirect[20] = icmpRedirect
+			r.dropped(TunDropQuote, func() [][]byte { return r.out(summed(redirect)) })
+		}
+		// An any-port client's, too, whose identifiers are mapped; 0 is one.
+		nine := testInner.IPv4(9)
+		if inner.Is6() {
+			nine = testInner.IPv6(9)
+		}
+		for _, id := range []uint16{0, 7} {
+			r.dropped(TunDropProtocol, func() [][]byte { return r.out(ping(nine, world, true, id)) })
+		}
+		if got := r.out(ping(nine, world, false, 0)); len(got) != 1 {
+			t.Error("a ping with the identifier 0 was dropped")
+		}
+	})
+}
+
+// Clients with an address of their own in a prefix have all of its ports, and
+// nobody else's address.
+func TestTunPrefix(t *testing.T) {
+	r := newTunRig(t)
+	plan, err := portblock.NewPlan(portblock.Blocks{}, []netip.Addr{tunEgress4}, nil, netip.MustParsePrefix("2001:db8:e::/64"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Plan = &plan
+	own := netip.MustParseAddr("2001:db8:e::2")
+	for _, port := range []uint16{1, 53, 5000, 65535} {
+		v := one(t, r.out(datagram(packet.UDP, netip.AddrPortFrom(testInner.IPv6(2), port), netip.AddrPortFrom(tunWorld6, 53), 10)))
+		valid(t, v)
+		if v.Source != own || v.SourcePort != port {
+			t.Errorf("left as %v:%d", v.Source, v.SourcePort)
+		}
+		v = one(t, r.in(datagram(packet.UDP, netip.AddrPortFrom(tunWorld6, 53), netip.AddrPortFrom(own, port), 10)))
+		if v.Destination != testInner.IPv6(2) || v.DestinationPort != port {
+			t.Errorf("came to %v:%d", v.Destination, v.DestinationPort)
+		}
+	}
+	v := one(t, r.in(icmpError(t, tunWorld6, r.out(ping(testInner.IPv6(2), tunWorld6, false, 1))[0], packet.TimeExceeded, 0)))
+	valid(t, v)
+	if v.Destination != testInner.IPv6(2) {
+		t.Errorf("an error came to %v", v.Destination)
+	}
+	for _, to := range []string{"2001:db8:e::", "2001:db8:e:1::2", "2001:db8:e::1:0:0:2"} {
+		r.dropped(TunDropNobody, func() [][]byte {
+			return r.in(datagram(packet.UDP, netip.AddrPortFrom(tunWorld6, 53), netip.AddrPortFrom(netip.MustParseAddr(to), 80), 10))
+		})
+	}
+	// Between two of them nothing leaves.
+	if got := r.out(datagram(packet.UDP, netip.AddrPortFrom(testInner.IPv6(2), 80), netip.MustParseAddrPort("[2001:db8:e::3]:80"), 10)); len(got) != 0 {
+		t.Error("it left")
+	}
+	if v := one(t, r.host.in); v.Destination != testInner.IPv6(3) || v.Source != own {
+		t.Errorf("came as %v to %v", v.Source, v.Destination)
+	}
+}
+
 // Between the public ports of two clients nothing leaves the cluster.
 func TestTunHairpin(t *testing.T) {
 	r := newTunRig(t)
@@ -549,11 +622,20 @@ func TestTunAnyPort(t *testing.T) {
 func TestTunAnswersPings(t *testing.T) {
 	r := newTunRig(t)
 	families(func(_, public, world netip.Addr) {
-		if got := r.in(ping(world, public, false, 99)); len(got) != 0 {
+		far := ping(world, public, false, 99) // the last hop it could make
+		if world.Is4() {
+			far[8] = 1
+		} else {
+			far[7] = 1
+		}
+		if got := r.in(summed(far)); len(got) != 0 {
 			t.Error("a client got it")
 		}
 		v := one(t, r.host.out)
 		valid(t, v)
+		if v.TTL < 64 {
+			t.Errorf("the answer has %d hops to go", v.TTL)
+		}
 		if v.Source != public || v.Destination != world || v.DestinationPort != 99 {
 			t.Errorf("answered from %v to %v, id %d", v.Source, v.Destination, v.DestinationPort)
 		}
