@@ -64,6 +64,7 @@ func serve(ctx context.Context, s *cmd.Settings) error {
 	for _, conn := range g.conns {
 		logger.Info("listening", "address", conn.LocalAddr().String())
 	}
+	g.ran = true
 	logger.Info("serving", "version", cmd.Version(), "clients", g.directory.Len(),
 		"server_number", g.number, "public_key", c.cluster.Public().String(), "egress", s.String("egress"))
 	return cmd.Supervision{
@@ -84,6 +85,7 @@ type gateway struct {
 	numbers      *numberHolder // nil if the number was given
 	server       *server.Server
 	announcer    *announce.Announcer
+	ran          bool // all of it was started
 	draining     atomic.Bool
 	drainRequest chan struct{}
 }
@@ -186,6 +188,9 @@ func (g *gateway) close() {
 	if g.device != nil {
 		g.device.Close()
 	}
+	if g.numbers != nil && !g.ran {
+		g.numbers.release()
+	}
 	if g.bus != nil {
 		g.bus.Close()
 	}
@@ -219,13 +224,15 @@ func (g *gateway) reload() {
 // UDP has no end to wait for.
 func (g *gateway) drain(ctx context.Context) {
 	g.draining.Store(true)
-	g.server.Drain()
-	if g.announcer != nil {
-		g.announcer.Drain()
-		<-ctx.Done()
-	}
 	if g.numbers != nil {
-		g.numbers.release()
+		defer g.numbers.release() // at last: clients take packets of two senders of one number for replays
+	}
+	if g.announcer != nil {
+		g.announcer.Drain() // first, so that new flows go elsewhere rather than to be refused here
+		g.server.Drain()
+		<-ctx.Done()
+	} else {
+		g.server.Drain()
 	}
 	ticker := time.NewTicker(drainPoll)
 	defer ticker.Stop()
