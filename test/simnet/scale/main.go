@@ -19,7 +19,7 @@
 //	traffic.go    bytes between the servers
 //	report.go     tables
 //
-// Everything follows from the seed. One goroutine; 100,000 clients are 300 MB.
+// Everything follows from the seed. One goroutine; 100,000 clients are 200 MB.
 package main
 
 import (
