@@ -13,8 +13,10 @@ const (
 	RekeyAfter = time.Hour
 	// RekeyPackets bounds what one key seals, far below the limits of both AEADs.
 	RekeyPackets = 1 << 36
-	// OldSession is how long packets of the session before are still opened.
-	OldSession = 2 * time.Minute
+	// OldSession is how long packets of the session before are still opened: as
+	// long as a server may go on with it that is cut off from the one which
+	// hears the client, so nearly until the next session is made.
+	OldSession = RekeyAfter
 
 	// ProbeAfter is the silence after a few inner packets that makes a client
 	// ask whether the path still works.
