@@ -52,10 +52,11 @@ var mayImport = map[string][]string{
 		"cmd", "anytun/wire", "anytun/session", "anytun/server", "anytun/udp", "anytun/portblock", "anytun/tun",
 		"anytun/registry", "anytun/registry/nats", "anytun/announce", // the cluster is a server's alone
 	},
-	"test/simnet":  {"anytun/udp"},
-	"test/e2e":     {}, // test files only, here and below: they may import anything
-	"test/gateway": {},
-	"test/lab":     {},
+	"test/simnet":       {"anytun/udp"},
+	"test/simnet/scale": {"anytun/registry", "anytun/portblock"}, // a simulation with the project's own arithmetic
+	"test/e2e":          {},                                      // test files only, here and below: they may import anything
+	"test/gateway":      {},
+	"test/lab":          {},
 }
 
 // pure are the packages that see nothing but the standard library, so that a
