@@ -183,6 +183,57 @@ func TestWordOfOldPlace(t *testing.T) {
 	n.Snapshot(func(got registry.Location) bool { t.Errorf("a snapshot has %+v", got); return true })
 }
 
+// That others have heard a client makes older messages worthless: they move nobody,
+// and soon aren't taken at all.
+func TestSeenElsewhere(t *testing.T) {
+	r := newServerRig(t)
+	now := time.Now()
+	g := granted(t, r.cluster, 3, now)
+	r.from(g, "10.0.0.1:1", r.innerOf(3))
+	first := uint64(now.UnixNano())
+	n := (*news)(r.Server)
+	n.Seen([]registry.Seen{{Client: 3, Counter: first + 100}, {Client: 4, Counter: 1}})
+	r.from(g, "10.0.0.2:2", r.innerOf(3))
+	if at := r.at(3); at != netip.MustParseAddrPort("10.0.0.1:1") {
+		t.Errorf("an old packet has moved the client to %v", at)
+	}
+	if got := r.in.egress; len(got) != 2 {
+		t.Errorf("%d packets went out, want 2", len(got))
+	}
+	n.Seen([]registry.Seen{{Client: 3, Counter: first + 100 + session.WindowLen}})
+	r.from(g, "10.0.0.1:1", r.innerOf(3))
+	if d := r.Stats().Drops[DropReplay.String()]; d != 1 {
+		t.Errorf("%d packets dropped as too old, want 1", d)
+	}
+	if r.table.lookup(4) != nil {
+		t.Error("a client nobody knows the place of got an entry")
+	}
+}
+
+// Two words with one counter: the first one stays, unless the client was forgotten.
+func TestNewsAgain(t *testing.T) {
+	r := newServerRig(t)
+	g := granted(t, r.cluster, 3, time.Now())
+	l := registry.Location{
+		Client: 3, Session: g.SessionID, Epoch: byte(g.Epoch), Counter: 100, Server: 2, Local: testService,
+		Endpoint: netip.MustParseAddrPort("10.0.0.1:1"),
+	}
+	(*news)(r.Server).Location(l)
+	other := l
+	other.Endpoint = netip.MustParseAddrPort("10.0.0.2:2")
+	(*news)(r.Server).Location(other)
+	if at := r.at(3); at != l.Endpoint {
+		t.Errorf("the client is at %v", at)
+	}
+	if !r.table.lookup(3).silence(time.Now().Add(time.Second).UnixNano()) || r.at(3).IsValid() {
+		t.Fatal("the silent client wasn't forgotten")
+	}
+	(*news)(r.Server).Location(other)
+	if at := r.at(3); at != other.Endpoint {
+		t.Errorf("the forgotten client is at %v", at)
+	}
+}
+
 // A goodbye from a new place reaches the others even though its message showed the
 // place, too.
 func TestGoodbyeFromNewPlace(t *testing.T) {

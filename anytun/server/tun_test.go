@@ -618,6 +618,25 @@ func TestTunAnyPort(t *testing.T) {
 	})
 }
 
+// Nothing is kept for an any-port client that is taken off the list.
+func TestTunForgetsClient(t *testing.T) {
+	r := newServerRig(t, withDevice(t))
+	e := r.egress.(*tunEgress)
+	t.Cleanup(func() { e.Services.stack.Close() })
+	for _, n := range []uint32{8, 9} { // 8 isn't one
+		(*news)(r.Server).Mapping(registry.Mapping{Client: n, Protocol: byte(packet.UDP), Inner: 40000, Public: 9999, Since: 1})
+	}
+	if got := e.nat.Stats().Mappings; got != 1 {
+		t.Errorf("%d mappings, want 1", got)
+	}
+	r.table.peer(9)
+	r.cfg.Clients.(*Directory).Replace(r.list[:8])
+	r.Reload()
+	if got := e.nat.Stats().Mappings; got != 0 {
+		t.Errorf("%d mappings are left", got)
+	}
+}
+
 // Egress addresses answer pings, since the host behind them doesn't.
 func TestTunAnswersPings(t *testing.T) {
 	r := newTunRig(t)
