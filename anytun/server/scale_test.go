@@ -57,7 +57,6 @@ func scaleServer(b *testing.B, clients, stride int) (*Server, []registry.Locatio
 		b.Fatal(err)
 	}
 	directory := NewDirectory(list)
-	list = nil
 	s, err := New(Config{
 		Conns: []udp.Conn{nowhere{}}, Cluster: cluster, Clients: directory, Device: discard{}, Plan: plan,
 	})

@@ -237,11 +237,6 @@ func (e *tunEgress) clamp(v *packet.View) {
 // isReply says whether v answers an echo request or the like, whose identifier is
 // not the client's, even if it is 0.
 func (*tunEgress) isReply(v *packet.View) bool {
-	switch v.Protocol {
-	case packet.ICMPv4:
-		return v.ICMPType == icmpEchoReply || v.ICMPType == icmpTimestampReply
-	case packet.ICMPv6:
-		return v.ICMPType == icmpv6EchoReply
-	}
-	return false
+	return v.Protocol == packet.ICMPv4 && (v.ICMPType == icmpEchoReply || v.ICMPType == icmpTimestampReply) ||
+		v.Protocol == packet.ICMPv6 && v.ICMPType == icmpv6EchoReply
 }
