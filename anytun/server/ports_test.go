@@ -140,3 +140,37 @@ func TestPortsFlood(t *testing.T) {
 		t.Error("another client's request was dropped")
 	}
 }
+
+// Only claims of blocks are leases, and each ends when it is given back.
+func TestPortsClaims(t *testing.T) {
+	r, a := newArbiter(t)
+	n := (*news)(r.Server)
+	until := time.Now().Add(time.Hour)
+	block := r.cfg.Plan.Clients()
+	n.Claimed(registry.Claim{Kind: registry.ClaimServer, Index: block, Owner: 2, Until: until})
+	if r.leases.Len() != 0 {
+		t.Error("a server's number became a lease")
+	}
+	n.Claimed(registry.Claim{Kind: registry.ClaimBlock, Index: block, Owner: 2, Until: until})
+	n.Released(registry.Claim{Kind: registry.ClaimServer, Index: block, Owner: 2})
+	if len(r.leases.Blocks(2)) != 1 {
+		t.Error("the lease isn't there")
+	}
+	n.Released(registry.Claim{Kind: registry.ClaimBlock, Index: block, Owner: 2})
+	if r.leases.Len() != 0 {
+		t.Error("the lease is still there")
+	}
+	// Without an arbiter there is no use in asking for one block after the other.
+	asked := 0
+	a.claim = func(registry.Claim) (registry.Claim, error) {
+		asked++
+		return registry.Claim{}, registry.ErrUnavailable
+	}
+	if m := r.leasePorts(t.Context(), 2, 1, time.Now()); m.Status != wire.PortsUnavailable || m.Lifetime != 0 || asked != 1 {
+		t.Errorf("%+v after %d claims", m, asked)
+	}
+	alone := newServerRig(t)
+	if m := alone.leasePorts(t.Context(), 2, 1, time.Now()); m.Status != wire.PortsNotSupported {
+		t.Errorf("egress by sockets leases ports: %v", m.Status)
+	}
+}
