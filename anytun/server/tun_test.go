@@ -468,6 +468,12 @@ func TestTunForgedControl(t *testing.T) {
 		r.dropped(TunDropQuote, func() [][]byte {
 			return r.out(summed(requote(slices.Clone(good), inner, other[inner.Is4()])))
 		})
+		third := testInner.IPv4(3)
+		if inner.Is6() {
+			third = testInner.IPv6(3)
+		}
+		foreign := icmpError(t, third, datagram(packet.UDP, netip.AddrPortFrom(world, 53), netip.AddrPortFrom(third, port2), 60), packet.PortUnreachable, 0)
+		r.dropped(TunDropQuote, func() [][]byte { return r.out(summed(requote(foreign, inner, world))) })
 		if inner.Is4() {
 			redirect := slices.Clone(good)
 			redirect[20] = icmpRedirect
