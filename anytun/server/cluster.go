@@ -25,6 +25,10 @@ import (
 // are how long a client that falls silent counts as there.
 const seenInterval = 2 * time.Minute
 
+// peersGone is how long servers that aren't heard any more count as cut off, and
+// then as gone.
+const peersGone = 2 * time.Hour
+
 // seenBatch is the number of clients in one message, some 12 bytes each.
 const seenBatch = 64
 
@@ -108,14 +112,17 @@ func (s *Server) gossipLoop(ctx context.Context) {
 // there, and false if this server can't tell. Where it is alone that is three
 // intervals of keep-alives; else a client that is silent here may be heard by
 // another server, which says so every seenInterval, but not while the registry is
-// down or the others are cut off. It belongs to sweepLoop.
+// down or some of the others are cut off. It belongs to sweepLoop.
 func (s *Server) silentSince(now time.Time) (since time.Time, ok bool) {
-	others := s.cfg.Registry.Stats().Peers > 0
-	s.cluster = s.cluster || others
+	peers := s.cfg.Registry.Stats().Peers
+	s.cluster = s.cluster || peers > 0
 	if !s.cluster {
 		return now.Add(-3 * s.cfg.KeepAlive), true
 	}
-	if !others || s.cfg.Registry.Ready() != nil {
+	if peers >= s.peers || now.Sub(s.complete) > peersGone {
+		s.peers, s.complete = peers, now
+	}
+	if peers < s.peers || s.cfg.Registry.Ready() != nil {
 		s.deaf = now
 	}
 	patience := 3 * max(seenInterval, s.cfg.KeepAlive)

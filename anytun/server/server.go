@@ -107,8 +107,10 @@ type Server struct {
 	late   []*peer    // of whom something is still to be told
 
 	// What silentSince has noticed.
-	cluster bool      // there are other servers, or were
-	deaf    time.Time // when they couldn't be heard
+	cluster  bool      // there are other servers, or were
+	peers    int       // how many
+	complete time.Time // when as many were heard
+	deaf     time.Time // when not all of them could be
 }
 
 // New checks the configuration and makes a server that does nothing until Run.

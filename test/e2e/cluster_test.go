@@ -230,6 +230,30 @@ func TestRegistryGoneForLong(t *testing.T) {
 	})
 }
 
+// Nor do they when some of them are cut off from the rest, until those count as
+// gone for good.
+func TestRegistryInHalves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, 3)
+		u := w.client(7, w.at(2))
+		time.Sleep(time.Minute)
+		w.hub.Partition(name(3), true) // which alone hears the client
+		for n := uint64(1); n <= 15; n++ {
+			time.Sleep(2 * time.Minute)
+			w.peer(w.servers[0], 7, n, n)
+			settle()
+			u.expect(n, n)
+		}
+		u.host.Kill()
+		time.Sleep(3 * time.Hour)
+		for i, s := range w.servers[:2] {
+			if n := s.Stats().Clients; n != 0 {
+				t.Errorf("server %d counts for ever on a client of a server that is gone", i+1)
+			}
+		}
+	})
+}
+
 // What was caught of a session is worth nothing once the client has another one,
 // nor after it has gone: not at a server that knew the session, not at one that
 // didn't.
