@@ -133,7 +133,7 @@ func TestFailover(t *testing.T) {
 
 // measure runs a load over a case.
 func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *testing.T)) {
-	x.c.route(t, 0)
+	x.c.repair(t)
 	x.run = startRun(t, x.c.app, x.c.dst, loadConfig{
 		Proxy: proxyAddr, Sink: sink, UDP: true, Ping: dst4, Rate: x.scale.rate, Tick: x.scale.tick,
 	}.connections(x.scale.connections))
@@ -153,6 +153,22 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 	}
 	x.streams += x.scale.connections + 10
 	after := x.end()
+	x.explain(t, before, lost, gaps)
+	// Where processes get no time at all, BFD and hold timers say so, and all
+	// servers are gone at once. The connections must survive even that, but how
+	// long it took says nothing about them.
+	busy := false
+	if now := x.c.fallen() - fallen; now > x.falls {
+		busy = true
+		t.Logf("this machine is too busy: %d BGP sessions fell, %d expected", now, x.falls)
+	}
+
+	x.judge(t, during, after, busy)
+}
+
+// explain logs what may be behind the figures.
+func (x *trial) explain(t *testing.T, before [clusterServers]count, lost, gaps map[string]float64) {
+	t.Helper()
 	t.Logf("packets from clients + to the egress addresses: %s", sharesOf(before, x.c.counts(t)))
 	for name, n := range x.c.losses(t) {
 		if more := n - lost[name]; more > 0 {
@@ -164,16 +180,11 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 			t.Logf("proxy %s: %.3f more", name, more)
 		}
 	}
+}
 
-	// Where processes get no time at all, BFD and hold timers say so, and all
-	// servers are gone at once. The connections must survive even that, but how
-	// long it took says nothing about them.
-	busy := false
-	if now := x.c.fallen() - fallen; now > x.falls {
-		busy = true
-		t.Logf("this machine is too busy: %d BGP sessions fell, %d expected", now, x.falls)
-	}
-
+// judge makes the row and says what is wrong with it.
+func (x *trial) judge(t *testing.T, during, after report, busy bool) {
+	t.Helper()
 	r := &x.row
 	r.streams, r.broken, r.why, r.flows = len(after.streams), len(after.broken()), after.why(), during.flows
 	var longest time.Duration
@@ -215,6 +226,21 @@ func (x *trial) measure(t *testing.T, sink netip.AddrPort, do func(*trial, *test
 		if f.Corrupt > 0 || f.Sent < 20 || f.LostRun > longest+5*time.Second {
 			t.Errorf("more than the packets on their way: %v", f)
 		}
+	}
+}
+
+// repair puts right what a case that failed may have left.
+func (c *cluster3) repair(t *testing.T) {
+	t.Helper()
+	c.route(t, 0)
+	for _, s := range c.servers {
+		select {
+		case <-s.daemon.done:
+			c.start(t, s.number)
+		default:
+			c.cont(t, s.number)
+		}
+		c.announced(t, s.number)
 	}
 }
 

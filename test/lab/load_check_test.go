@@ -28,7 +28,7 @@ type sabotage struct {
 	name string
 	kind byte
 	down bool // to what the sink sends
-	do   func(c *crook, p []byte) ([]byte, error)
+	do   func(p []byte) ([]byte, error)
 	want string // how the verdict begins; empty: no error, but a stall
 }
 
@@ -39,14 +39,14 @@ var (
 
 const sabotageStall = 1500 * time.Millisecond
 
-func flip(_ *crook, p []byte) ([]byte, error)   { p[len(p)/2] ^= 1; return p, nil }
-func lose(_ *crook, p []byte) ([]byte, error)   { return slices.Delete(p, 3, 5), nil }
-func double(_ *crook, p []byte) ([]byte, error) { return append(p, p...), nil }
-func swap(_ *crook, p []byte) ([]byte, error)   { slices.Reverse(p); return p, nil }
-func zero(_ *crook, p []byte) ([]byte, error)   { clear(p); return p, nil }
-func reset(*crook, []byte) ([]byte, error)      { return nil, errReset }
-func finish(*crook, []byte) ([]byte, error)     { return nil, errEnd }
-func stall(_ *crook, p []byte) ([]byte, error)  { time.Sleep(sabotageStall); return p, nil }
+func flip(p []byte) ([]byte, error)   { p[len(p)/2] ^= 1; return p, nil }
+func lose(p []byte) ([]byte, error)   { return slices.Delete(p, 3, 5), nil }
+func double(p []byte) ([]byte, error) { return append(p, p...), nil }
+func swap(p []byte) ([]byte, error)   { slices.Reverse(p); return p, nil }
+func zero(p []byte) ([]byte, error)   { clear(p); return p, nil }
+func reset([]byte) ([]byte, error)    { return nil, errReset }
+func finish([]byte) ([]byte, error)   { return nil, errEnd }
+func stall(p []byte) ([]byte, error)  { time.Sleep(sabotageStall); return p, nil }
 
 var sabotages = []sabotage{
 	{name: "up flip", kind: kindUp, do: flip, want: "corrupt"},
@@ -136,7 +136,7 @@ func (c *crook) pump(to, from *net.TCPConn, victim bool) {
 		if n > 0 {
 			p := b[:n]
 			if victim && c.strike() {
-				if p, err = c.do(c, p); err != nil {
+				if p, err = c.do(p); err != nil {
 					if errors.Is(err, errReset) {
 						_ = to.SetLinger(0)
 						_ = from.SetLinger(0)

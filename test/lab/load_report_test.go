@@ -160,12 +160,10 @@ func (r *run) mark() {
 func (r *run) more(n int) error {
 	r.t.Helper()
 	r.load.say(fmt.Sprint("more ", n))
-	switch got := r.load.hear(2 * r.limit); {
-	case got == "more":
-		return nil
-	default:
+	if got := r.load.hear(2 * r.limit); got != "more" {
 		return fmt.Errorf("%d new connections: %s", n, strings.TrimPrefix(got, "more "))
 	}
+	return nil
 }
 
 // report is about the time since the last mark.
