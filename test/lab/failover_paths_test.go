@@ -37,7 +37,7 @@ func testTrace(t *testing.T, c *cluster3) {
 			{dst24, []string{"10.0.10.2|10.0.13.1", dst24.String()}},
 			{dst26, []string{"fd00:10::2|fd00:13::1", dst26.String()}},
 		} {
-			for probe, args := range map[string][]string{"udp": {}, "icmp": {"-I"}, "tcp": {"-T", "-p", strconv.Itoa(httpPort)}} {
+			for probe, args := range map[string][]string{"udp": {}, "icmp": {"-I", "-N", "1"}, "tcp": {"-T", "-p", strconv.Itoa(httpPort)}} {
 				t.Run(fmt.Sprintf("%s %s %s", steer.name, to.dst, probe), func(t *testing.T) {
 					eventually(t, 30*time.Second, func() error {
 						out := c.app.run(t, 30*time.Second, append(append([]string{"traceroute", "-n", "-q", "1", "-w", "1", "-m", "8"}, args...), to.dst.String())...)
