@@ -68,7 +68,7 @@ func (w *world) roundTrip() time.Duration { return 100*time.Millisecond + w.Dela
 
 // forgotten is from when to when a server knows nothing of a client that is heard
 // only beyond the partition: watermarks don't arrive, and after a while it counts
-// as gone. A server that hears no other one at all forgets nobody.
+// as gone. With Groups 0 nobody is forgotten.
 func (w *world) forgotten(c *client, by uint16) (from, to time.Duration) {
 	if w.now < w.cutAt || w.Groups == 0 || !w.apart(c.site, by) {
 		return never, never

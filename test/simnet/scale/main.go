@@ -66,7 +66,7 @@ type config struct {
 	Groups    int           // into so many groups of servers; 0: every server is alone
 
 	// Rules of the servers.
-	Forget time.Duration // how long a server takes others' word for a client being there
+	Forget time.Duration // how long a server that misses others takes their word for clients being there
 	Own    bool          // a server that is asked for what it heard itself says no more than that
 }
 
@@ -78,9 +78,9 @@ func defaults() config {
 		KeepAlive: 20 * time.Second,
 		Mobile:    0.2, MoveEvery: 30 * time.Minute, Renumber: 24 * time.Hour, Rebind: 12 * time.Hour, ShortNAT: 0.1,
 		Part: 0.3, On: 2 * time.Hour, Off: 4 * time.Hour, Flows: 1,
-		OldSession: 2 * time.Minute, Patience: 100 * time.Second,
+		OldSession: time.Hour, Patience: 100 * time.Second,
 		Delay: 30 * time.Millisecond, Linger: 50 * time.Millisecond, Groups: 2,
-		Forget: 3 * seenInterval, Own: true,
+		Forget: 2 * time.Hour, Own: true,
 	}
 }
 
@@ -114,7 +114,7 @@ func (c *config) flags(f *flag.FlagSet) {
 	f.DurationVar(&c.Linger, "registry-linger", c.Linger, "what was published so shortly before its server's death is lost")
 	f.DurationVar(&c.Partition, "partition", c.Partition, "how long the registry is in parts, from the middle of the day on")
 	f.IntVar(&c.Groups, "groups", c.Groups, "number of those parts; 0: every server is alone")
-	f.DurationVar(&c.Forget, "forget", c.Forget, "rule: how long a server takes others' word for a client being there")
+	f.DurationVar(&c.Forget, "forget", c.Forget, "rule: how long a server that misses others takes their word for clients being there")
 	f.BoolVar(&c.Own, "own", c.Own, "rule: a server that is asked for what it heard itself says no more than that")
 }
 

@@ -108,6 +108,7 @@ func TestOnlyRoutes(t *testing.T) {
 func TestPartition(t *testing.T) {
 	c := small()
 	c.Partition = 10 * time.Minute
+	c.Forget, c.OldSession = 3*seenInterval, 2*time.Minute
 	forgets := simulate(t, c).stats.causes[causeCut].broken
 	c.Groups = 0
 	if n := simulate(t, c).stats.causes[causeCut].broken; n > forgets/4 {
