@@ -8,6 +8,8 @@ GO ?= go
 LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.4
 CLIENT := ./anytun/wire ./anytun/session ./anytun/udp ./anytun/client ./netstack ./proxy/... ./cmd/anytun-proxy
 UNIT = $$($(GO) list ./... | grep -v /test/lab)
+# What takes long and is all about goroutines runs under the race detector only.
+QUICK = $$($(GO) list ./... | grep -vE '/(test/lab|test/gateway|anytun/announce|anytun/registry/nats)$$')
 # Of go test -v: every line that isn't about a test beginning or passing, so skips stay with their reasons.
 SHOW := grep -vE '^(=== (RUN|PAUSE|CONT|NAME)| *--- PASS: |PASS$$)'
 
@@ -31,7 +33,7 @@ vet:
 	GOOS=darwin $(GO) vet $(CLIENT)
 	GOOS=windows $(GO) vet $(CLIENT)
 unit:
-	$(GO) test -v -timeout 5m $(UNIT) | $(SHOW)
+	$(GO) test -v -timeout 5m $(QUICK) | $(SHOW)
 race:
 	$(GO) test -race -short -shuffle=on -timeout 10m $(UNIT)
 netns:

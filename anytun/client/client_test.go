@@ -317,7 +317,9 @@ func TestPause(t *testing.T) {
 		}
 		// A whole day of nothing, but for the last follow-ups.
 		time.Sleep(time.Minute)
+		w.mu.Lock()
 		w.told = nil
+		w.mu.Unlock()
 		before := w.user.Stats()
 		time.Sleep(24 * time.Hour)
 		after := w.user.Stats()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,11 +16,21 @@ import (
 // unsure is a registry that can't always decide.
 type unsure struct {
 	registry.Registry
+	mu    sync.Mutex
 	until time.Time
 }
 
+func (u *unsure) set(until time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.until = until
+}
+
 func (u *unsure) Claim(ctx context.Context, c registry.Claim) (registry.Claim, error) {
-	if time.Now().Before(u.until) {
+	u.mu.Lock()
+	until := u.until
+	u.mu.Unlock()
+	if time.Now().Before(until) {
 		return registry.Claim{}, registry.ErrUnavailable
 	}
 	return u.Registry.Claim(ctx, c)
@@ -64,11 +75,11 @@ func TestLeaseNumberWithoutAnswer(t *testing.T) {
 		if h, err := lease(t, u, dir, "192.0.2.1:6222"); err == nil || time.Since(start) < numberWait {
 			t.Errorf("number %v, %v after %v", h, err, time.Since(start))
 		}
-		u.until = time.Now().Add(time.Minute)
+		u.set(time.Now().Add(time.Minute))
 		if h, err := lease(t, u, dir, "192.0.2.1:6222"); err != nil || h.claim.Index != 1 {
 			t.Errorf("number %v, %v", h, err)
 		}
-		u.until = time.Now().Add(time.Hour)
+		u.set(time.Now().Add(time.Hour))
 		start = time.Now()
 		h, err := lease(t, u, dir, "192.0.2.1:6222")
 		if err != nil || h.claim.Index != 1 || time.Since(start) > 2*numberPatience {
@@ -89,7 +100,7 @@ func TestNumberIsLost(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- h.run(t.Context()) }()
 		time.Sleep(time.Hour)
-		u.until = time.Now().Add(time.Hour)
+		u.set(time.Now().Add(time.Hour))
 		time.Sleep(30 * time.Minute) // the lease has ended meanwhile
 		select {
 		case err := <-ended:
@@ -99,7 +110,7 @@ func TestNumberIsLost(t *testing.T) {
 		if _, err := lease(t, hub.Join("b"), t.TempDir(), "192.0.2.2:6222"); err != nil {
 			t.Fatal(err)
 		}
-		u.until = time.Time{}
+		u.set(time.Time{})
 		time.Sleep(numberRenew + time.Second)
 		select {
 		case err := <-ended:
