@@ -69,7 +69,7 @@ func TestLeaseNumber(t *testing.T) {
 // one that had goes on with it.
 func TestLeaseNumberWithoutAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		u := &unsure{registry.NewMemory(), time.Now().Add(time.Hour)}
+		u := &unsure{Registry: registry.NewMemory(), until: time.Now().Add(time.Hour)}
 		dir := t.TempDir()
 		start := time.Now()
 		if h, err := lease(t, u, dir, "192.0.2.1:6222"); err == nil || time.Since(start) < numberWait {
