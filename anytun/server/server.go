@@ -174,13 +174,13 @@ func New(cfg Config) (*Server, error) {
 }
 
 func (s *Server) openSockets(output func([][]byte)) (Egress, error) {
-	return s.newSockets(output)
+	return s.newSockets(output, false)
 }
 
 // openTun makes the egress by the device, with the sockets egress for the
 // servers' own services.
 func (s *Server) openTun(output func([][]byte)) (Egress, error) {
-	services, err := s.newSockets(output)
+	services, err := s.newSockets(output, true)
 	if err != nil {
 		return nil, err
 	}
@@ -225,8 +225,9 @@ func (s *Server) gateway() []netip.Addr {
 // public says whether clients have public ports.
 func (s *Server) public() bool { return s.cfg.Device != nil }
 
-func (s *Server) newSockets(output func([][]byte)) (*sockets, error) {
+func (s *Server) newSockets(output func([][]byte), servicesOnly bool) (*sockets, error) {
 	return newSockets(socketsConfig{
+		ServicesOnly: servicesOnly,
 		MTU: s.cfg.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
 		Gateway: s.gateway(),
 		Output:  output, ClientOf: s.inner.Client,

@@ -46,6 +46,7 @@ type socketsConfig struct {
 	Output                  func(pkts [][]byte)             // to the clients, as netstack.Config.Output
 	ClientOf                func(netip.Addr) (uint32, bool) // inner address to client number
 	DNS                     []netip.AddrPort                // upstream resolvers; none: the host's
+	ServicesOnly            bool                            // only Gateway is reached by it: no pings go out
 	AllowLocal              bool                            // clients may reach the host's loopback and link-local addresses
 	DialTimeout             time.Duration                   // of a TCP connection to the outside
 	UDPTimeout              time.Duration                   // idle UDP mapping
@@ -202,7 +203,11 @@ func (e *sockets) Run(ctx context.Context) error {
 	}
 	defer e.shutdown()
 
-	e.ping = openEgressPing(e, e.cfg.ping)
+	if e.cfg.ServicesOnly {
+		e.ping = new(egressPing)
+	} else {
+		e.ping = openEgressPing(e, e.cfg.ping)
+	}
 	e.stack.ForwardTCP(e.cfg.MaxDials, func(r *netstack.TCPRequest) { e.forwardTCP(ctx, r) })
 	e.stack.ForwardUDP(e.udpReassembled)
 	if err := e.dns.start(ctx, e.stack); err != nil {
