@@ -228,7 +228,7 @@ func (s *Server) public() bool { return s.cfg.Device != nil }
 func (s *Server) newSockets(output func([][]byte), servicesOnly bool) (*sockets, error) {
 	return newSockets(socketsConfig{
 		ServicesOnly: servicesOnly,
-		MTU: s.cfg.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
+		MTU:          s.cfg.MTU, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen,
 		Gateway: s.gateway(),
 		Output:  output, ClientOf: s.inner.Client,
 		DNS: s.cfg.DNS, AllowLocal: s.cfg.AllowLocal,
