@@ -192,7 +192,7 @@ func (s *Server) openTun(output func([][]byte)) (Egress, error) {
 				s.reject(w, p, kind, time.Now())
 			}
 		},
-		Publish: s.cfg.Registry.PublishMapping, Service: s.serviceAddresses(), Logger: s.log,
+		Publish: s.cfg.Registry.PublishMapping, Service: s.serviceAddresses(),
 	}), nil
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -74,7 +73,6 @@ type tunConfig struct {
 	Output   func([][]byte)
 	Reject   func(client uint32, p []byte, kind packet.ErrorKind) // tells a client why its packet went nowhere
 	Publish  func(registry.Mapping)
-	Logger   *slog.Logger
 }
 
 // tunEgress lets packets out by a device of the kernel. Its methods are safe for
@@ -86,7 +84,7 @@ type tunEgress struct {
 	count   tunCounters
 
 	outFragments, inFragments *packet.Reassembler
-	fragmentID                atomic.Uint32 // of IPv6 datagrams that are cut
+	fragmentID                atomic.Uint32 // of datagrams that are cut here
 
 	echoMu sync.Mutex // guards echoes
 	echoes session.Bucket

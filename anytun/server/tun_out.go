@@ -78,7 +78,7 @@ func (e *tunEgress) outward(b *outBatch, p []byte) {
 			return
 		}
 	}
-	if why := e.translateOut(v, &b.quote, client, b.now); why != tunPass {
+	if why := e.translateOut(v, &b.quote, client); why != tunPass {
 		e.count.drop(why)
 		if why == TunDropPort || why == TunDropNAT {
 			e.Reject(client, p, packet.AdminProhibited)
@@ -117,7 +117,7 @@ func (e *tunEgress) outward(b *outBatch, p []byte) {
 
 // translateOut gives a packet the client's public address as its source, and
 // for any-port clients a port of their block.
-func (e *tunEgress) translateOut(v, q *packet.View, client uint32, now time.Time) TunDrop {
+func (e *tunEgress) translateOut(v, q *packet.View, client uint32) TunDrop {
 	if v.IsICMPError() {
 		return e.translateErrorOut(v, q, client)
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -93,7 +92,6 @@ func newTunRig(t *testing.T) *tunRig {
 		Policy: newEgressPolicy(gateway, false), Output: r.host.toClients,
 		Reject:  func(_ uint32, _ []byte, kind packet.ErrorKind) { r.rejected = append(r.rejected, kind) },
 		Publish: func(m registry.Mapping) { r.published = append(r.published, m) },
-		Logger:  slog.New(slog.DiscardHandler),
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)

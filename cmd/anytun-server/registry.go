@@ -173,6 +173,8 @@ func leaseNumber(ctx context.Context, reg registry.Registry, r *registryConfig, 
 	}
 	before := h.load()
 	began, told := time.Now(), false
+	again := time.NewTicker(numberTry)
+	defer again.Stop()
 	for {
 		h.claim.Until = time.Now().Add(numberLease).Round(0)
 		_, err := reg.Claim(ctx, h.claim)
@@ -198,7 +200,7 @@ func leaseNumber(ctx context.Context, reg registry.Registry, r *registryConfig, 
 		case <-ctx.Done():
 			return nil, cmd.Failure("check that the other servers run and --cluster-join names them, or give --server-number",
 				"the registry gives this server no number: %w", err)
-		case <-time.After(numberTry):
+		case <-again.C:
 		}
 	}
 }
