@@ -114,6 +114,7 @@ type cluster struct {
 	hub    *registry.Hub
 	client *client.Client
 	near   *netstack.Stack // the client's
+	other  *netstack.Stack // and that of another client
 }
 
 func startCluster(t *testing.T) *cluster {
@@ -136,6 +137,11 @@ func startCluster(t *testing.T) *cluster {
 	}
 	key, err := session.NewPrivateKey()
 	must(err)
+	otherKey, err := session.NewPrivateKey()
+	must(err)
+	enrolled := server.NewDirectory([]server.Enrolment{
+		{Key: key.Public(), Name: "test", Number: 5}, {Key: otherKey.Public(), Name: "other", Number: 6},
+	})
 	keys, err := session.NewCluster(time.Now())
 	must(err)
 	plan, err := portblock.NewPlan(portblock.Blocks{}, []netip.Addr{egress}, nil, netip.Prefix{})
@@ -151,36 +157,42 @@ func startCluster(t *testing.T) *cluster {
 		d := &device{net: c.internet, queue: make(chan []byte, 4096), closed: make(chan struct{})}
 		srv, err := server.New(server.Config{
 			Conns: []udp.Conn{conn}, Cluster: keys, Number: uint16(i + 1), Registry: c.hub.Join(fmt.Sprint(i)), Device: d, Plan: plan,
-			Clients: server.NewDirectory([]server.Enrolment{{Key: key.Public(), Name: "test", Number: 5}}),
+			Clients: enrolled,
 		})
 		must(err)
 		c.hosts, c.devices = append(c.hosts, h), append(c.devices, d)
 		run("server", srv.Run)
 	}
+	connect := func(h *simnet.Host, key session.PrivateKey, number uint16) (*client.Client, *netstack.Stack) {
+		conn, err := h.Listen(netip.MustParseAddrPort("0.0.0.0:0"))
+		must(err)
+		up := make(chan client.Session, 8)
+		var stack *netstack.Stack
+		engine, err := client.New(client.Config{
+			Conn: conn, Servers: []netip.AddrPort{service}, ServerKey: keys.Public(), Key: key, KeepAlive: time.Second,
+			Input:     func(pkts [][]byte) { stack.Input(pkts) },
+			OnSession: func(s client.Session) { up <- s },
+		})
+		must(err)
+		stack, err = netstack.New(netstack.Config{MTU: 1400, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen, Output: engine.Output})
+		must(err)
+		run("client", engine.Run)
+		s := <-up
+		if !s.PublicPort || s.FirstPort != 1024*number || s.Public[0] != egress {
+			t.Fatalf("client %d was given ports from %d of %v, public %v", number, s.FirstPort, s.Public[0], s.PublicPort)
+		}
+		must(errors.Join(stack.SetAddresses(s.Addresses[:1]), stack.SetPortRange(s.FirstPort, s.LastPort)))
+		return engine, stack
+	}
 	c.host = c.net.Host("client", netip.MustParseAddr("10.0.0.2"))
 	c.nat = c.net.NAT(netip.MustParseAddr("192.0.2.1"), 0)
 	c.host.Behind(c.nat)
-	conn, err := c.host.Listen(netip.MustParseAddrPort("0.0.0.0:0"))
-	must(err)
-	up := make(chan client.Session, 8)
-	c.client, err = client.New(client.Config{
-		Conn: conn, Servers: []netip.AddrPort{service}, ServerKey: keys.Public(), Key: key, KeepAlive: time.Second,
-		Input:     func(pkts [][]byte) { c.near.Input(pkts) },
-		OnSession: func(s client.Session) { up <- s },
-	})
-	must(err)
-	c.near, err = netstack.New(netstack.Config{MTU: 1400, Headroom: wire.DataHeaderLen, Tailroom: wire.TagLen, Output: c.client.Output})
-	must(err)
-	run("client", c.client.Run)
-	s := <-up
-	if !s.PublicPort || s.FirstPort != 1024+4*1024 {
-		t.Fatalf("the client was given ports from %d, public %v", s.FirstPort, s.PublicPort)
-	}
-	must(errors.Join(c.near.SetAddresses(s.Addresses[:1]), c.near.SetPortRange(s.FirstPort, s.LastPort)))
+	c.client, c.near = connect(c.host, key, 5)
+	_, c.other = connect(c.net.Host("other client", netip.MustParseAddr("10.0.0.3")), otherKey, 6)
 	t.Cleanup(func() {
 		stop()
 		wg.Wait()
-		for _, s := range []*netstack.Stack{c.near, c.stack} {
+		for _, s := range []*netstack.Stack{c.near, c.other, c.stack} {
 			if err := s.Close(); err != nil {
 				t.Errorf("close a netstack: %v", err)
 			}
@@ -206,7 +218,13 @@ func (c *cluster) via(client, far int) {
 func (c *cluster) listen(t *testing.T, n int) netip.AddrPort {
 	t.Helper()
 	at := netip.AddrPortFrom(far, 80)
-	l, err := c.stack.ListenTCP(at)
+	answer(t, c.stack, at, n)
+	return at
+}
+
+func answer(t *testing.T, s *netstack.Stack, at netip.AddrPort, n int) net.Addr {
+	t.Helper()
+	l, err := s.ListenTCP(at)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +239,7 @@ func (c *cluster) listen(t *testing.T, n int) netip.AddrPort {
 		}
 	})
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	return at
+	return l.Addr()
 }
 
 // serveOne sends n bytes while it hashes what comes, and the hash in the end.
@@ -355,5 +373,22 @@ func TestClusterClientMoves(t *testing.T) {
 		if err := c.transfer(t, to, n, func() { c.nat.Rebind(netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)})) }); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// One client reaches another by its public port: nothing leaves the cluster, not
+// even when every packet takes another server.
+func TestClusterHairpin(t *testing.T) {
+	c := startCluster(t)
+	const n = 1 << 20
+	port := answer(t, c.other, netip.AddrPort{}, n).(*net.TCPAddr).AddrPort().Port()
+	for _, sprayed := range []bool{false, true} {
+		c.net.Spray(service.Addr(), sprayed)
+		if err := c.transfer(t, netip.AddrPortFrom(egress, port), n, nil); err != nil {
+			t.Errorf("sprayed %v: %v", sprayed, err)
+		}
+	}
+	if in := c.stack.Stats().PacketsIn; in != 0 {
+		t.Errorf("%d packets left the cluster", in)
 	}
 }
