@@ -331,8 +331,9 @@ func TestClusterSprayed(t *testing.T) {
 	if err := c.transfer(t, to, n, nil); err != nil {
 		t.Error(err)
 	}
-	if c.client.Status().ServerChanges < 100 {
-		t.Error("the packets came from one server")
+	// Segments are large, so 4 MiB each way may be no more than some hundred packets.
+	if n := c.client.Status().ServerChanges; n < 10 {
+		t.Errorf("%d changes of server: the packets came from one", n)
 	}
 }
 
