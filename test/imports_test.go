@@ -54,7 +54,9 @@ var mayImport = map[string][]string{
 	},
 	"test/simnet":       {"anytun/udp"},
 	"test/simnet/scale": {"anytun/registry", "anytun/portblock"}, // a simulation with the project's own arithmetic
-	"test/e2e":          {},                                      // test files only, here and below: they may import anything
+	"test/bench/load":   {},
+	"test/bench/delay":  {},
+	"test/e2e":          {}, // test files only, here and below: they may import anything
 	"test/gateway":      {},
 	"test/lab":          {},
 }
