@@ -45,24 +45,25 @@ type Conn struct {
 	in     sliceWriter
 
 	writeMu sync.Mutex // held while writing; guards out
-	out     sliceReader
+	out     outgoing
 }
 
 // newConn wraps a connected endpoint.
-func newConn(ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
+func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
 	c := &Conn{ep: ep}
 	c.gates.init(wq)
-	c.begin()
+	c.begin(s.dev.mtu)
 	return c
 }
 
 // begin sets what every connection has, once it is connected.
-func (c *Conn) begin() {
+func (c *Conn) begin(mtu uint32) {
 	// GetRemoteAddress would fail if the peer has reset the connection already.
 	if info, ok := c.ep.Info().(*stack.TransportEndpointInfo); ok {
 		c.local = netip.AddrPortFrom(netipAddr(info.ID.LocalAddress), info.ID.LocalPort)
 		c.remote = netip.AddrPortFrom(netipAddr(info.ID.RemoteAddress), info.ID.RemotePort)
 	}
+	c.out.most = chunk(mtu, c.remote.Addr())
 	// None of these can fail on a TCP endpoint.
 	idle, interval := tcpip.KeepaliveIdleOption(keepAliveIdle), tcpip.KeepaliveIntervalOption(keepAliveInterval)
 	_ = c.ep.SetSockOpt(&idle)
@@ -161,18 +162,41 @@ func (c *Conn) failure(err tcpip.Error) syscall.Errno {
 	return n
 }
 
+// ReadTo passes what has arrived to w without copying it: w is given the stack's
+// own buffers, which it must not keep. It returns the number of bytes that w has
+// taken. It doesn't wait: where nothing has arrived, or w has taken nothing, that
+// is 0 and no error (see WaitReadable). A w that takes less than it is given must
+// say so by an error, which ends the call but isn't returned; what it hasn't taken
+// stays. The connection is locked meanwhile, so w must neither block nor use it.
+func (c *Conn) ReadTo(w io.Writer) (int, error) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	if err := c.readable(); err != nil {
+		return 0, c.opError("read", err)
+	}
+	r, err := c.ep.Read(w, tcpip.ReadOptions{})
+	if r.Count > 0 {
+		c.ep.ModerateRecvBuf(r.Count)
+		return r.Count, nil
+	}
+	switch err.(type) {
+	case nil, *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer: // the last means that w took nothing
+		return 0, nil
+	default:
+		return 0, c.readError(err)
+	}
+}
+
 // Write writes all of b, waiting while the send buffer is full.
 func (c *Conn) Write(b []byte) (int, error) {
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()
 	done := 0
 	for {
-		switch {
-		case c.closed.Load():
-			return done, c.opError("write", net.ErrClosed)
-		case c.gates.write.isExpired():
-			return done, c.opError("write", os.ErrDeadlineExceeded)
-		case done == len(b):
+		if err := c.writable(); err != nil {
+			return done, c.opError("write", err)
+		}
+		if done == len(b) {
 			return done, nil
 		}
 		c.out.b = b[done:]
@@ -187,16 +211,78 @@ func (c *Conn) Write(b []byte) (int, error) {
 		case *tcpip.ErrWouldBlock:
 			<-c.gates.write.ch
 		default:
-			if c.closed.Load() {
-				return done, c.opError("write", net.ErrClosed)
-			}
-			e := c.failure(err)
-			if e == 0 {
-				e = syscall.EPIPE
-			}
-			return done, c.opError("write", os.NewSyscallError("write", e))
+			return done, c.writeError(err)
 		}
 	}
+}
+
+// WriteFrom lets r fill the stack's own buffers: with r.Len() bytes, or as many as
+// the send buffer has room for and one super-segment holds (some 60 KB), and sends
+// that. It returns the number of bytes taken. r must give all that it has promised
+// by Len, since nothing is sent if it fails. WriteFrom doesn't wait: where there is
+// no room, or Len is 0, it returns 0 and no error (see WaitWritable). The
+// connection is locked meanwhile, so r must neither block nor use it.
+func (c *Conn) WriteFrom(r interface {
+	io.Reader
+	Len() int
+}) (int, error) {
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
+	if err := c.writable(); err != nil {
+		return 0, c.opError("write", err)
+	}
+	c.out.from = r
+	// Atomic: what r has given must not be truncated for want of room.
+	n, err := c.ep.Write(&c.out, tcpip.WriteOptions{Atomic: true})
+	c.out.from = nil
+	switch err.(type) {
+	case nil, *tcpip.ErrWouldBlock:
+		return int(n), nil
+	case *tcpip.ErrBadBuffer:
+		return 0, c.opError("write", io.ErrUnexpectedEOF)
+	default:
+		return 0, c.writeError(err)
+	}
+}
+
+// WaitWritable blocks until the send buffer has room or the connection has failed,
+// and returns nil then. It returns an error when the write deadline passes or the
+// connection is closed by this end.
+func (c *Conn) WaitWritable() error {
+	c.writeMu.Lock()
+	defer c.writeMu.Unlock()
+	for {
+		if err := c.writable(); err != nil {
+			return c.opError("write", err)
+		}
+		if c.ep.Readiness(writeEvents) != 0 {
+			return nil
+		}
+		<-c.gates.write.ch
+	}
+}
+
+// writable says why this end doesn't write any more.
+func (c *Conn) writable() error {
+	switch {
+	case c.closed.Load():
+		return net.ErrClosed
+	case c.gates.write.isExpired():
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// writeError says what a failed write to the endpoint means.
+func (c *Conn) writeError(err tcpip.Error) error {
+	if c.closed.Load() {
+		return c.opError("write", net.ErrClosed)
+	}
+	e := c.failure(err)
+	if e == 0 {
+		e = syscall.EPIPE
+	}
+	return c.opError("write", os.NewSyscallError("write", e))
 }
 
 // CloseRead ends reading: reads fail with net.ErrClosed. As with a kernel's

@@ -40,7 +40,7 @@ func (s *Stack) DialTCP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
 		_ = c.Abort()
 		return nil, dialError(to, s.dialReason(c, to, err))
 	}
-	c.begin()
+	c.begin(s.dev.mtu)
 	return c, nil
 }
 

@@ -145,7 +145,7 @@ func (r *TCPRequest) Accept() (*Conn, error) {
 	if err != nil {
 		return nil, r.error(sysError("accept", err))
 	}
-	return newConn(ep, wq), nil
+	return r.f.s.newConn(ep, wq), nil
 }
 
 func (r *TCPRequest) error(err error) error {

@@ -15,6 +15,7 @@ import (
 
 // Listener is a listening TCP socket of a Stack; it implements net.Listener.
 type Listener struct {
+	s      *Stack
 	ep     tcpip.Endpoint
 	at     netip.AddrPort
 	gates  gates
@@ -48,7 +49,7 @@ func (s *Stack) listenTCP(at netip.AddrPort) (l *Listener, ok bool, err error) {
 	if e != nil {
 		return nil, true, listenError("tcp", at, sysError("socket", e))
 	}
-	l = &Listener{ep: ep}
+	l = &Listener{s: s, ep: ep}
 	l.gates.init(wq)
 	if l.at, e = bind(ep, at); e == nil {
 		e = ep.Listen(listenBacklog)
@@ -101,7 +102,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 		ep, wq, err := l.ep.Accept(nil)
 		switch err.(type) {
 		case nil:
-			return newConn(ep, wq), nil
+			return l.s.newConn(ep, wq), nil
 		case *tcpip.ErrWouldBlock:
 			<-l.gates.read.ch
 		default:

@@ -1,9 +1,13 @@
 package netstack
 
 import (
+	"io"
+	"net/netip"
 	"sync"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -133,4 +137,44 @@ func (r *sliceReader) Read(p []byte) (int, error) {
 	n := copy(p, r.b)
 	r.b = r.b[n:]
 	return n, nil
+}
+
+// outgoing is what a connection writes, from a slice or, if it isn't nil, from
+// another source, at most a chunk at a time; it is a tcpip.Payloader.
+type outgoing struct {
+	sliceReader
+	from tcpip.Payloader
+	most int
+}
+
+func (o *outgoing) Len() int {
+	if o.from != nil {
+		return min(o.from.Len(), o.most)
+	}
+	return min(len(o.b), o.most)
+}
+
+func (o *outgoing) Read(p []byte) (int, error) {
+	if o.from == nil {
+		return o.sliceReader.Read(p)
+	}
+	n, err := o.from.Read(p)
+	if n == 0 && err == nil && len(p) > 0 || err == io.EOF { //nolint:errorlint // gVisor would ask again for ever
+		return n, io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// chunk is how many bytes a connection to addr gives gVisor at a time: full
+// segments, as many as gVisor sends as one super-segment. gVisor keeps writes
+// apart, so chunks of another size would end in short segments, which nothing on
+// the road can join or send together with their neighbours.
+func chunk(mtu uint32, addr netip.Addr) int {
+	const timestamps = 12 // RFC 7323, with padding; nearly every peer has them
+	mss := int(mtu) - header.TCPMinimumSize - timestamps - header.IPv4MinimumSize
+	if !addr.Is4() {
+		mss -= header.IPv6MinimumSize - header.IPv4MinimumSize
+	}
+	most := gsoMaxSize - header.TCPTotalHeaderMaximumSize - 1 // gVisor's limit
+	return max(most/mss, 1) * mss
 }

@@ -7,4 +7,8 @@ const rawReads = false
 
 func tryRead(uintptr, []byte) (n int, again bool, err error) { panic("not reached: rawReads is false") }
 
+func tryWrite(uintptr, []byte) (n int, again bool, err error) {
+	panic("not reached: rawReads is false")
+}
+
 func readable(uintptr) bool { return true }

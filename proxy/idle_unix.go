@@ -26,6 +26,22 @@ func tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 	}
 }
 
+// tryWrite writes at most p; again means that the socket takes nothing for now.
+func tryWrite(fd uintptr, p []byte) (n int, again bool, err error) {
+	for {
+		n, err = unix.Write(int(fd), p)
+		switch {
+		case err == nil:
+			return n, false, nil
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN):
+			return 0, true, nil
+		default:
+			return 0, false, err
+		}
+	}
+}
+
 // readable is for RawConn.Read: it asks the kernel without taking anything from the socket.
 func readable(fd uintptr) bool {
 	fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}

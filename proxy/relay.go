@@ -63,39 +63,68 @@ func (r *relay) backLoop(fromB *idleReader, done chan<- struct{}) {
 }
 
 func (r *relay) copy(to net.Conn, from *idleReader, early []byte, count *atomic.Int64, total *atomic.Uint64) {
+	err := r.copyAll(to, from, early, func(n int) {
+		count.Add(int64(n))
+		if total != nil {
+			total.Add(uint64(n))
+		}
+	})
+	if err == nil {
+		r.end(to)
+	} else {
+		r.fail(err)
+	}
+}
+
+// copyAll copies until the end of the stream, or until it fails.
+func (r *relay) copyAll(to net.Conn, from *idleReader, early []byte, add func(int)) error {
 	if len(early) > 0 {
 		n, err := to.Write(early)
-		add(count, total, n)
+		add(n)
 		if err != nil {
-			r.fail(err)
-			return
+			return err
 		}
 	}
+	if d := newDirect(to, from.conn); d != nil {
+		for {
+			n, err := d.toSocket()
+			add(n)
+			if err != nil {
+				return endOr(err)
+			}
+		}
+	}
+	d := newDirect(from.conn, to)
 	for {
 		b, n, err := from.next()
 		if err != nil {
-			if errors.Is(err, io.EOF) {
-				r.end(to)
-			} else {
-				r.fail(err)
-			}
-			return
+			return endOr(err)
 		}
+		bulk := n == len(b)
 		n, err = to.Write(b[:n])
 		putBuffer(b)
-		add(count, total, n)
+		add(n)
 		if err != nil {
-			r.fail(err)
-			return
+			return err
+		}
+		for bulk && d != nil {
+			// While the socket has much to give it fills the other side's buffers, which are too large for little.
+			n, err := d.fromSocket()
+			add(n)
+			if err != nil {
+				return err
+			}
+			bulk = n >= directLeast
 		}
 	}
 }
 
-func add(count *atomic.Int64, total *atomic.Uint64, n int) {
-	count.Add(int64(n))
-	if total != nil {
-		total.Add(uint64(n))
+// endOr makes nil of the error that says that the source has ended.
+func endOr(err error) error {
+	if errors.Is(err, io.EOF) {
+		return nil
 	}
+	return err
 }
 
 // end passes a proper end on.
