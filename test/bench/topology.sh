@@ -1,37 +1,40 @@
 # Namespaces, cables and routes; sourced by bench. $P is the prefix of all names,
 # which no other run has.
 #
-#                                              .2 srv .1 -- 10.71.3.0/24 -- .2, .3 dst
-#   cli .2 -- 10.71.1.0/24 -- .1 rtr .1 -- 10.71.2.0/24                            .2
-#                             .1 .1 .1 -- 10.71.5.0/24 -- .2 srv2 .1 -- 10.71.7.0/24
-#                                 |                                                .2
-#                                 +---------------- 10.71.6.0/24 ------------------+
+#                      .1 -- 10.71.10.0/24 -- .2 srv  .1 -- 10.71.20.0/24 -- .2
+#   cli .2 -- .1 rtr   .1 -- 10.71.11.0/24 -- .2 base .1 -- 10.71.21.0/24 -- .2   dst
+#   10.71.1.0/24       .1 -- 10.71.12.0/24 -- .2 one  .1 -- 10.71.22.0/24 -- .2   10.71.3.2
+#                      .1 -- 10.71.13.0/24 -- .2 two  .1 -- 10.71.23.0/24 -- .2   10.71.3.3
+#                      .1 ------------------ 10.71.6.0/24 ------------------ .2
 #
-# Traffic leaves the servers by sockets (10.71.3.1), by a TUN device (10.71.4.1,
-# and 10.71.4.2 from both servers), or translated by the kernel of srv
-# (10.71.3.9: the raw path, and tunnels that end in a device). Nothing else is
-# known at dst, so what comes back did take the way that is measured. Only what
-# the kernel translates is tracked by it.
+# Nearly all servers run in srv. A host has one server of ours with a TUN device
+# at most, so those that are compared with it have others, which are the same.
 #
-# 10.71.8.1 is both servers' address. rtr sends each packet for it, and each for
-# 10.71.4.2, which dst sends by 10.71.6.0/24, to a random one of the two.
+# Traffic leaves a server by sockets, by a TUN device (from 10.71.4.x), or
+# translated by the kernel (to .9: the raw path, and tunnels that end in a
+# device). dst has no other routes, so what comes back did take the way that is
+# measured. The kernel of a server tracks what it translates, and nothing else.
+#
+# 10.71.8.1 is the address of both one and two. rtr sends each packet for it to a
+# random one of them, and also each for their egress address, which reaches rtr
+# by 10.71.6.0/24.
 
-SRV=10.71.2.2 SRV2=10.71.5.2 ANYCAST=10.71.8.1
 DST=10.71.3.2
 DST_ROUTED=10.71.3.3 # for tunnels whose client is a device: the route to it leads there
-EGRESS=10.71.4.1 EGRESS_SPRAYED=10.71.4.2 EGRESS_BASE=10.71.4.3
-ROUTED=10.99.0.0/16 # the inside of those tunnels
+ROUTED=10.99.0.0/16  # the inside of those tunnels
+ANYCAST=10.71.8.1
+declare -A ADDRESS=([srv]=10.71.10.2 [base]=10.71.11.2 [one]=10.71.12.2 [two]=10.71.13.2)
+declare -A EGRESS=([srv]=10.71.4.1 [base]=10.71.4.2 [anycast]=10.71.4.3)
+SRV=${ADDRESS[srv]}
+SERVERS=(srv base one two)
+NAMESPACES=(cli rtr "${SERVERS[@]}" dst)
 MTU=1500
 
-NAMESPACES=(cli rtr srv srv2 dst)
-CABLES=( # namespace device address, twice
-  "cli c0 10.71.1.2  rtr r0 10.71.1.1"
-  "rtr r1 10.71.2.1  srv s0 10.71.2.2"
-  "rtr r2 10.71.5.1  srv2 t0 10.71.5.2"
-  "srv s1 10.71.3.1  dst d0 10.71.3.2"
-  "srv2 t1 10.71.7.1 dst d1 10.71.7.2"
-  "rtr r3 10.71.6.1  dst d2 10.71.6.2"
-)
+# Cables: namespace, device and address of both ends.
+CABLES=("cli c0 10.71.1.2 rtr r0 10.71.1.1" "rtr r9 10.71.6.1 dst d9 10.71.6.2")
+for i in "${!SERVERS[@]}"; do
+  CABLES+=("rtr r1$i 10.71.1$i.1 ${SERVERS[i]} s0 10.71.1$i.2" "${SERVERS[i]} s1 10.71.2$i.1 dst d1$i 10.71.2$i.2")
+done
 
 in_ns() { # NAMESPACE COMMAND...
   local n=$1
@@ -40,7 +43,7 @@ in_ns() { # NAMESPACE COMMAND...
 }
 
 topology_up() {
-  local n cable
+  local n cable i
   for n in "${NAMESPACES[@]}"; do
     ip netns add "$P$n"
     in_ns "$n" ip link set lo up
@@ -48,6 +51,9 @@ topology_up() {
     in_ns "$n" sysctl -qw net.ipv4.ip_local_port_range="10000 65000" net.ipv4.tcp_tw_reuse=1 \
       net.core.somaxconn=4096 net.ipv4.tcp_max_syn_backlog=4096 \
       net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
+    if [ -n "$WINDOW" ]; then
+      in_ns "$n" sysctl -qw net.ipv4.tcp_rmem="4096 131072 $((WINDOW << 20))" net.ipv4.tcp_wmem="4096 16384 $((WINDOW << 20))"
+    fi
   done
   for cable in "${CABLES[@]}"; do
     # shellcheck disable=SC2086 # six words
@@ -58,23 +64,21 @@ topology_up() {
     in_ns "$1" ip link set "$2" up
     in_ns "$4" ip link set "$5" up
   done
-  in_ns dst ip addr add $DST_ROUTED/24 dev d0
-  in_ns srv ip addr add 10.71.3.9/24 dev s1
-  in_ns srv ip addr add $ANYCAST/32 dev lo
-  in_ns srv2 ip addr add $ANYCAST/32 dev lo
-  for n in rtr srv srv2; do in_ns $n sysctl -qw net.ipv4.ip_forward=1; done
-
   in_ns cli ip route add default via 10.71.1.1
-  in_ns srv ip route add default via 10.71.2.1
-  in_ns srv2 ip route add default via 10.71.5.1
-  in_ns srv2 ip route add 10.71.3.0/24 via 10.71.7.2
-  in_ns rtr ip route add 10.71.3.0/24 via 10.71.2.2
-  in_ns dst ip route add $EGRESS/32 via 10.71.3.1
-  in_ns dst ip route add $EGRESS_BASE/32 via 10.71.3.1
-  in_ns dst ip route add $EGRESS_SPRAYED/32 via 10.71.6.1 src $DST
+  in_ns rtr sysctl -qw net.ipv4.ip_forward=1
+  in_ns rtr ip route add 10.71.3.0/24 via "$SRV"
+  in_ns dst ip addr add $DST/32 dev lo
+  in_ns dst ip addr add $DST_ROUTED/32 dev lo
+  for i in "${!SERVERS[@]}"; do server_up "${SERVERS[i]}" "$i"; done
+  in_ns dst ip route add "${EGRESS[srv]}/32" via 10.71.20.1
+  in_ns dst ip route add "${EGRESS[base]}/32" via 10.71.21.1
 
-  in_ns rtr ip route add default via 10.71.2.2 table 101
-  in_ns rtr ip route add default via 10.71.5.2 table 102
+  # Spraying.
+  in_ns one ip addr add $ANYCAST/32 dev lo
+  in_ns two ip addr add $ANYCAST/32 dev lo
+  in_ns dst ip route add "${EGRESS[anycast]}/32" via 10.71.6.1
+  in_ns rtr ip route add default via "${ADDRESS[one]}" table 101
+  in_ns rtr ip route add default via "${ADDRESS[two]}" table 102
   in_ns rtr ip rule add pref 1001 fwmark 1 lookup 101
   in_ns rtr ip rule add pref 1002 fwmark 2 lookup 102
   in_ns rtr nft -f - <<N
@@ -82,15 +86,24 @@ table ip spray {
   chain pre {
     type filter hook prerouting priority mangle
     iifname "r0" ip daddr $ANYCAST meta mark set numgen random mod 2 offset 1
-    iifname "r3" ip daddr $EGRESS_SPRAYED meta mark set numgen random mod 2 offset 1
+    iifname "r9" ip daddr ${EGRESS[anycast]} meta mark set numgen random mod 2 offset 1
   }
 }
 N
-  in_ns srv nft -f - <<N
+}
+
+# server_up NAMESPACE NUMBER
+server_up() {
+  local near=10.71.1$2 far=10.71.2$2
+  in_ns "$1" sysctl -qw net.ipv4.ip_forward=1
+  in_ns "$1" ip route add default via "$near.1"
+  in_ns "$1" ip route add 10.71.3.0/24 via "$far.2"
+  in_ns "$1" ip addr add "$far.9/24" dev s1
+  in_ns "$1" nft -f - <<N
 table ip raw {
   chain pre {
     type filter hook prerouting priority raw
-    ip daddr 10.71.3.9 accept
+    ip daddr $far.9 accept
     ip saddr { 10.71.1.0/24, $ROUTED } ip daddr 10.71.3.0/24 accept
     notrack
   }
@@ -102,11 +115,11 @@ table ip raw {
 table ip translate {
   chain post {
     type nat hook postrouting priority srcnat
-    oifname "s1" ip saddr { 10.71.1.0/24, $ROUTED } snat to 10.71.3.9
+    oifname "s1" ip saddr { 10.71.1.0/24, $ROUTED } snat to $far.9
   }
 }
 N
-  in_ns srv sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_time_wait=3 \
+  in_ns "$1" sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_time_wait=3 \
     net.netfilter.nf_conntrack_tcp_timeout_close_wait=3 net.netfilter.nf_conntrack_tcp_timeout_last_ack=3 \
     net.netfilter.nf_conntrack_tcp_timeout_fin_wait=3
 }
@@ -140,21 +153,30 @@ topology_mode() {
   done
 }
 
-# topology_delay MS LOSS: whatever crosses rtr to or from cli and srv passes the
-# delay tool, which is what kernels without netem have.
+# topology_delay MS LOSS: whatever crosses rtr to or from srv and base passes
+# the delay tool, which is what kernels without netem have.
 topology_delay() {
   run_in rtr "$RUN/delay.log" delay -device delay0 -ms "$1" -loss "$2"
   DELAY=$STARTED
   wait_for "the delay tool" in_ns rtr ip link show delay0
   in_ns rtr ip link set delay0 mtu $MTU txqueuelen 10000 up
   in_ns rtr sysctl -qw net.ipv4.conf.delay0.rp_filter=0
+  delay_gro on
   in_ns rtr ip route add default dev delay0 table 100
   in_ns rtr ip rule add pref 900 iif r0 lookup 100
-  in_ns rtr ip rule add pref 900 iif r1 lookup 100
+  in_ns rtr ip rule add pref 900 iif r10 lookup 100
+  in_ns rtr ip rule add pref 900 iif r11 lookup 100
 }
 
 topology_undelay() {
-  in_ns rtr ip rule del pref 900
-  in_ns rtr ip rule del pref 900
+  for _ in 1 2 3; do in_ns rtr ip rule del pref 900; done
+  delay_gro off
   end_session "$DELAY"
+}
+
+# delay_gro on: the kernel joins what comes to rtr, so that the tool moves large
+# packets; on the next cable they are what they were.
+delay_gro() {
+  local d
+  for d in r0 r10 r11; do in_ns rtr ethtool -K $d gro "$1" rx-udp-gro-forwarding "$1" >/dev/null; done
 }

@@ -1,5 +1,6 @@
 # Other builds of this project's programs, in $BASE, to compare two versions.
 . "$bench/contestants/_anytun.inc"
+CLASS=variant
 programs=${BASE:-no-BASE}/
 NEEDS="${programs}anytun-server ${programs}anytun-proxy"
-up() { anytun_alone --egress tun --tun any1 --egress-address $EGRESS_BASE --ports-per-client 64512; }
+up() { anytun_alone base --egress tun --egress-address "${EGRESS[base]}" --ports-per-client 64512; }

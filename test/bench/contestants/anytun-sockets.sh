@@ -1,3 +1,3 @@
 # This project: a server whose traffic leaves by sockets, so it needs no root.
 . "$bench/contestants/_anytun.inc"
-up() { anytun_alone --egress sockets; }
+up() { anytun_alone srv --egress sockets; }

@@ -1,11 +1,14 @@
 # This project with two servers, each packet to and from them to a random one.
 . "$bench/contestants/_anytun.inc"
+CLASS=variant
+SKIP="mem conn32 keep1 echo64 udpup1200 udpdown1200" # what spraying costs shows in streams
 up() {
   anytun_files "$ANYCAST:$PORT" || return 1
-  local egress="--egress tun --tun any2 --egress-address $EGRESS_SPRAYED --ports-per-client 64512"
-  # shellcheck disable=SC2046,SC2086 # words
-  srv_run $(anytun_server) --listen "$ANYCAST:$PORT" $egress --cluster-listen "$SRV:$((PORT + 1))" --cluster-join "$SRV2:$((PORT + 1))"
-  # shellcheck disable=SC2046,SC2086 # words
-  srv2_run $(anytun_server) --listen "$ANYCAST:$PORT" $egress --cluster-listen "$SRV2:$((PORT + 1))" --cluster-join "$SRV:$((PORT + 1))"
+  local s other
+  for s in one two; do
+    other=$([ $s = one ] && echo two || echo one)
+    anytun_server $s "$ANYCAST:$PORT" --egress tun --egress-address "${EGRESS[anycast]}" --ports-per-client 64512 \
+      --cluster-listen "${ADDRESS[$s]}:$((PORT + 1))" --cluster-join "${ADDRESS[$other]}:$((PORT + 1))"
+  done
   anytun_client
 }

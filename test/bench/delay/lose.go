@@ -81,6 +81,9 @@ func parseSuper(p []byte) (s super, ok bool) {
 	if len(p) < vnetSize+smallestIPv4 || p[vnetSize]>>4 != 4 {
 		return s, false
 	}
+	if p[0]&unix.VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 {
+		return s, false // the kernel gives none such
+	}
 	kind := p[vnetType] &^ typeECN
 	if kind != typeTCP4 && kind != typeUDP {
 		return s, false

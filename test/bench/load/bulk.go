@@ -60,13 +60,13 @@ func throughput(from, to count, used usage) (figures, error) {
 	if sum == 0 {
 		return nil, fmt.Errorf("nothing arrived in %v", to.at-from.at)
 	}
-	gb := sum / 1e9
-	return figures{
-		figMBps: sum / 1e6 / (to.at - from.at).Seconds(), figBusy: used.busyShare(),
+	f := figures{
+		figMBps: sum / 1e6 / (to.at - from.at).Seconds(),
 		// Jain's index: 1 when all got the same, 1/n when one got everything.
-		figFair:      sum * sum / (float64(len(to.streams)) * squares),
-		figClientCPU: used.client.Seconds() / gb, figServerCPU: used.server.Seconds() / gb,
-	}, nil
+		figFair: sum * sum / (float64(len(to.streams)) * squares),
+	}
+	used.addTo(f, figClientCPU, figServerCPU, sum/1e9)
+	return f, nil
 }
 
 // bulkAmong opens so many connections, each used once, and measures those of

@@ -43,11 +43,12 @@ func (t test) echo(window int) (figures, error) {
 			if n == 0 {
 				return nil, errors.New("nothing came back")
 			}
-			return figures{
+			f := figures{
 				figPerSecond: n / used.wall.Seconds(), figFailed: float64(lost),
-				figP50: percentile(took, 50), figP99: percentile(took, 99), figBusy: used.busyShare(),
-				figClientCPUEach: float64(used.client.Microseconds()) / n, figServerCPUEach: float64(used.server.Microseconds()) / n,
-			}, nil
+				figP50: percentile(took, 50), figP99: percentile(took, 99),
+			}
+			used.addTo(f, figClientCPUEach, figServerCPUEach, n/1e6)
+			return f, nil
 		}
 		if now-looked > echoLook {
 			looked = now
@@ -169,10 +170,9 @@ func (t test) datagramsUp(size int) (figures, error) {
 		return nil, errors.New("nothing arrived")
 	}
 	n := float64(c.datagrams)
-	return figures{
-		figPerSecond: n / (c.last - c.first).Seconds(), figLoss: 1 - n/max(sent, 1), figBusy: used.busyShare(),
-		figClientCPUEach: float64(used.client.Microseconds()) / n, figServerCPUEach: float64(used.server.Microseconds()) / n,
-	}, nil
+	f := figures{figPerSecond: n / (c.last - c.first).Seconds(), figLoss: 1 - n/max(sent, 1)}
+	used.addTo(f, figClientCPUEach, figServerCPUEach, n/1e6)
+	return f, nil
 }
 
 // datagramsDown has the sink send as fast as it can and counts what comes.
@@ -209,10 +209,9 @@ func (t test) datagramsDown(size int) (figures, error) {
 				return nil, errors.New("nothing arrived")
 			}
 			pause(400 * time.Millisecond) // until the sink has stopped
-			return figures{
-				figPerSecond: n / used.wall.Seconds(), figBusy: used.busyShare(),
-				figClientCPUEach: float64(used.client.Microseconds()) / n, figServerCPUEach: float64(used.server.Microseconds()) / n,
-			}, nil
+			f := figures{figPerSecond: n / used.wall.Seconds()}
+			used.addTo(f, figClientCPUEach, figServerCPUEach, n/1e6)
+			return f, nil
 		}
 		if looked < 0 || now-looked > echoLook {
 			looked = now

@@ -95,7 +95,7 @@ func runMain(args []string, out io.Writer) error {
 	var r record
 	fs.StringVar(&r.Test, "test", "down1", "`NAME` of the test")
 	fs.StringVar(&r.Name, "name", "", "`NAME` of who is measured, for the record, as all that follow")
-	fs.StringVar(&r.Class, "class", classPeer, "raw, ours, peer or relay")
+	fs.StringVar(&r.Class, "class", classPeer, strings.Join(classes, ", "))
 	fs.StringVar(&r.Mode, "mode", "", "super or wire")
 	fs.StringVar(&r.Path, "path", "", "what is special about the path")
 	fs.IntVar(&r.Round, "round", 1, "`NUMBER` of the round")

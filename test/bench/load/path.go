@@ -121,48 +121,59 @@ func (p *path) dialUDP() (*datagramPath, error) {
 	if err != nil || !dst.Is4() {
 		return nil, fmt.Errorf("%s is not an IPv4 address", p.dst)
 	}
-	d := &datagramPath{}
+	var socks net.Conn
+	var header []byte
 	to := netip.AddrPortFrom(dst, portUDP)
 	if p.socks != "" {
-		conn, err := net.DialTimeout("tcp", p.socks, p.timeout)
+		if socks, err = net.DialTimeout("tcp", p.socks, p.timeout); err != nil {
+			return nil, err
+		}
+		relay, err := associate(socks, p.timeout)
 		if err != nil {
+			socks.Close()
 			return nil, err
 		}
-		d.socks = conn
-		if err := conn.SetDeadline(time.Now().Add(p.timeout)); err != nil {
-			d.close()
-			return nil, err
-		}
-		relay, err := socksRequest(conn, socksAssociate, "0.0.0.0", 0)
-		if err != nil {
-			d.close()
-			return nil, err
-		}
-		if !relay.Addr().IsValid() || relay.Addr().IsUnspecified() {
-			proxy := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
-			relay = netip.AddrPortFrom(proxy.Addr().Unmap(), relay.Port())
-		}
-		d.header = append([]byte{0, 0, 0, 1}, dst.AsSlice()...)
-		d.header = binary.BigEndian.AppendUint16(d.header, portUDP)
+		header = append([]byte{0, 0, 0, 1}, dst.AsSlice()...)
+		header = binary.BigEndian.AppendUint16(header, portUDP)
 		to = relay
 	}
-	if d.udp, err = net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(to)); err != nil {
-		d.close()
+	udp, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(to))
+	if err == nil {
+		err = udp.SetReadBuffer(readBuffer)
+	}
+	if err != nil {
+		if socks != nil {
+			socks.Close()
+		}
 		return nil, err
 	}
-	if err := d.udp.SetReadBuffer(readBuffer); err != nil {
-		d.close()
-		return nil, err
-	}
-	d.PacketConn = ipv4.NewPacketConn(d.udp)
+	d := newDatagramPath(udp, header)
+	d.socks = socks
 	return d, nil
 }
 
-// close may be called on a path that was opened in part.
-func (d *datagramPath) close() {
-	if d.udp != nil {
-		d.udp.Close()
+// associate asks for a UDP association and returns where datagrams go.
+func associate(c net.Conn, timeout time.Duration) (netip.AddrPort, error) {
+	if err := c.SetDeadline(time.Now().Add(timeout)); err != nil {
+		return netip.AddrPort{}, err
 	}
+	relay, err := socksRequest(c, socksAssociate, "0.0.0.0", 0)
+	if err != nil {
+		return relay, err
+	}
+	if !relay.Addr().IsValid() || relay.Addr().IsUnspecified() {
+		proxy := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+		relay = netip.AddrPortFrom(proxy.Addr().Unmap(), relay.Port())
+	}
+	return relay, nil
+}
+
+func newDatagramPath(udp *net.UDPConn, header []byte) *datagramPath {
+	return &datagramPath{PacketConn: ipv4.NewPacketConn(udp), udp: udp, header: header}
+}
+
+func (d *datagramPath) close() {
+	d.udp.Close()
 	if d.socks != nil {
 		d.socks.Close()
 	}

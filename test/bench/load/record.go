@@ -8,14 +8,18 @@ import (
 	"strings"
 )
 
-// What a contestant is. Only peers are rivals: a relay carries bytes to a proxy
-// across the network without encryption, raw has nobody in between.
+// What a contestant is. Only ours are compared, and only peers are rivals: a
+// relay carries bytes to a proxy across the network without encryption, raw has
+// nobody in between, a variant is ours in another version or place.
 const (
-	classRaw   = "raw"
-	classOurs  = "ours"
-	classPeer  = "peer"
-	classRelay = "relay"
+	classRaw     = "raw"
+	classOurs    = "ours"
+	classVariant = "variant"
+	classPeer    = "peer"
+	classRelay   = "relay"
 )
+
+var classes = []string{classRaw, classOurs, classVariant, classPeer, classRelay}
 
 // figures are what a test measured, by name. A name ends in its unit.
 type figures map[string]float64

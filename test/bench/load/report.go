@@ -114,6 +114,9 @@ func (all results) measured(s section) []column {
 	return slices.DeleteFunc(slices.Clone(columns), func(c column) bool {
 		return !slices.ContainsFunc(all, func(r record) bool {
 			_, ok := r.Figures[c.figures[0]]
+			if len(c.figures) > 1 && !ok {
+				_, ok = r.Figures[c.figures[1]]
+			}
 			return ok && r.Mode == s.mode && r.Path == s.path && r.Test == c.test
 		})
 	})
@@ -197,11 +200,15 @@ func (all results) mainTable(b *strings.Builder, s section) {
 			for _, f := range c.figures {
 				cells = append(cells, cell(c, f))
 			}
-			fmt.Fprintf(b, " | %s", strings.Join(slices.Compact(cells), ", "))
+			if text := strings.Join(cells, ", "); strings.Trim(text, "–, ") != "" {
+				fmt.Fprintf(b, " | %s", text)
+			} else {
+				b.WriteString(" | –")
+			}
 		}
 		b.WriteString(" |\n")
 	}
-	for _, name := range all.names(s, classRaw, classOurs, classPeer, classRelay) {
+	for _, name := range all.names(s, classes...) {
 		row(name, func(c column, f string) string { return number(all.median(s, name, c, f)) })
 	}
 	peers := all.names(s, classPeer)
@@ -209,13 +216,10 @@ func (all results) mainTable(b *strings.Builder, s section) {
 		row("*best peer*", func(c column, f string) string { return cmp.Or(all.best(s, c, f), "–") })
 	}
 	for _, name := range all.names(s, classOurs) {
-		for _, raw := range all.names(s, classRaw) {
-			row("*"+name+" ÷ "+raw+"*", func(c column, f string) string {
-				if c.test == "mem" || len(c.figures) > 1 {
-					return "–" // nobody in between has neither CPU time nor memory
-				}
-				return number(all.ratio(s, name, raw, c.test, f))
-			})
+		for _, to := range all.names(s, classRaw, classVariant) {
+			if to != twoServers {
+				row("*"+name+" ÷ "+to+"*", func(c column, f string) string { return number(all.ratio(s, name, to, c.test, f)) })
+			}
 		}
 		if len(peers) > 0 {
 			row("*"+name+" ÷ best peer*", func(c column, f string) string {
@@ -265,7 +269,11 @@ func (all results) sprayTable(b *strings.Builder) {
 		for _, test := range []string{"down1", "up1", "down8", "up8"} {
 			one, two := medianOf(all.values(s, oneServer, test, figMBps)), medianOf(all.values(s, twoServers, test, figMBps))
 			ratio := all.ratio(s, twoServers, oneServer, test, figMBps)
-			any = any || !math.IsNaN(ratio)
+			if math.IsNaN(ratio) {
+				cells = append(cells, "–")
+				continue
+			}
+			any = true
 			cells = append(cells, fmt.Sprintf("%s, %s: %s", number(one), number(two), number(ratio)))
 		}
 		if any {
@@ -286,7 +294,7 @@ func (all results) growthTable(b *strings.Builder) {
 	var lines []string
 	for _, mode := range []string{"super", "wire"} {
 		s := section{mode: mode, path: ""}
-		for _, name := range all.names(s, classRaw, classOurs, classPeer, classRelay) {
+		for _, name := range all.names(s, classes...) {
 			if len(all.values(s, name, few, figMBps)) == 0 {
 				continue
 			}

@@ -43,11 +43,12 @@ func (t test) requests(workers int, fresh bool) (figures, error) {
 		return nil, err
 	}
 	n := float64(len(took))
-	return figures{
+	f := figures{
 		figPerSecond: n / used.wall.Seconds(), figFailed: failed,
-		figP50: percentile(took, 50), figP99: percentile(took, 99), figBusy: used.busyShare(),
-		figClientCPUEach: float64(used.client.Microseconds()) / n, figServerCPUEach: float64(used.server.Microseconds()) / n,
-	}, nil
+		figP50: percentile(took, 50), figP99: percentile(took, 99),
+	}
+	used.addTo(f, figClientCPUEach, figServerCPUEach, n/1e6)
+	return f, nil
 }
 
 // A worker makes one request after the other.

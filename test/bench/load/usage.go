@@ -42,6 +42,7 @@ type usageAt struct {
 }
 
 type usage struct {
+	processes      processes     // whose time that was
 	client, server time.Duration // CPU time
 	busy, idle     time.Duration // of all CPUs of the machine
 	wall           time.Duration
@@ -49,16 +50,27 @@ type usage struct {
 
 func (u usage) busyShare() float64 { return float64(u.busy) / float64(max(u.busy+u.idle, 1)) }
 
+// addTo adds what a unit of work cost to figures, where there is somebody to pay.
+func (u usage) addTo(f figures, client, server string, units float64) {
+	f[figBusy] = u.busyShare()
+	if len(u.processes.client) > 0 {
+		f[client] = u.client.Seconds() / units
+	}
+	if len(u.processes.server) > 0 {
+		f[server] = u.server.Seconds() / units
+	}
+}
+
 func (u usageAt) since(v usageAt) usage {
 	return usage{
-		client: u.client - v.client, server: u.server - v.server,
+		processes: u.processes, client: u.client - v.client, server: u.server - v.server,
 		busy: u.busy - v.busy, idle: u.idle - v.idle, wall: u.when.Sub(v.when),
 	}
 }
 
 // now is what was used up until now.
 func (p processes) now() usageAt {
-	u := usageAt{when: time.Now()}
+	u := usageAt{usage: usage{processes: p}, when: time.Now()}
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // the pattern is a good one
 	for _, name := range stats {
 		b, err := os.ReadFile(name)
