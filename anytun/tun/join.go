@@ -175,6 +175,31 @@ func checksumAt(l *layout) int {
 	return 0
 }
 
+// flowKey is a number that all packets of a flow share, and rarely those of
+// another one; 0 for packets that don't tell their flow in the usual place:
+// with options or extension headers, fragments, other protocols.
+func flowKey(b []byte) uint64 {
+	const k1, k2 = 0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f // odd, of many bits
+	switch {
+	case len(b) >= ipv4Size+udpSize && b[0] == 4<<4|ipv4Size/4:
+		if b[9] != protoTCP && b[9] != protoUDP || binary.BigEndian.Uint16(b[6:])&0x3fff != 0 {
+			return 0
+		}
+		addrs, ports := binary.LittleEndian.Uint64(b[12:]), binary.LittleEndian.Uint32(b[20:])
+		return (addrs^uint64(ports)*k2)*k1 + uint64(b[9])
+	case len(b) >= ipv6Size+udpSize && b[0]>>4 == 6:
+		if b[6] != protoTCP && b[6] != protoUDP {
+			return 0
+		}
+		key := uint64(b[6]) ^ uint64(binary.LittleEndian.Uint32(b[ipv6Size:]))*k2
+		for at := 8; at < ipv6Size; at += 8 {
+			key = (key ^ binary.LittleEndian.Uint64(b[at:])) * k1
+		}
+		return key
+	}
+	return 0
+}
+
 // examine parses a packet for the kernel and cuts off what is behind it. It
 // refuses those whose transport header is too short or contradicts the IP
 // header.

@@ -127,8 +127,19 @@ func TestWriteTwin(t *testing.T) {
 			}
 			pkts = append(pkts, newFlow(r, odd).packets(1+r.IntN(60))...)
 		}
-		if r.IntN(4) == 0 { // out of order, duplicated, flows mixed
+		switch r.IntN(4) {
+		case 0: // out of order, duplicated, flows mixed
 			r.Shuffle(len(pkts)/2, func(i, j int) { pkts[i], pkts[j] = pkts[j], pkts[i] })
+		case 1: // more flows than can be open, in turns
+			pkts = pkts[:0]
+			flows := make([]*flow, 1+r.IntN(2*maxOpen))
+			for i := range flows {
+				flows[i] = newFlow(r, 5*r.IntN(2))
+			}
+			for range 2 + r.IntN(200) {
+				f := flows[r.IntN(len(flows))]
+				pkts = append(pkts, f.packets(1+r.IntN(3))...)
+			}
 		}
 		var want, batch [][]byte
 		for _, b := range pkts {
@@ -147,6 +158,7 @@ func TestWriteTwin(t *testing.T) {
 		if len(sent) != len(want) {
 			t.Fatalf("seed %d round %d: %d packets, want %d", seed, round, len(sent), len(want))
 		}
+		sent, want = twinOrder(sent), twinOrder(want)
 		for i := range sent {
 			if !alike(sent[i], want[i]) {
 				t.Fatalf("seed %d round %d: packet %d\n%x, want\n%x", seed, round, i, sent[i], want[i])
@@ -462,6 +474,55 @@ func TestJoinLimits(t *testing.T) {
 	}
 }
 
+// TestInterleaved has flows whose packets lie between each other's.
+func TestInterleaved(t *testing.T) {
+	for _, c := range []struct{ flows, each, most int }{
+		{1, 40, 1},
+		{2, 40, 2},
+		{maxOpen, 10, maxOpen},
+		{maxOpen + 1, 10, 10 * (maxOpen + 1)}, // one too many to be joined, in the worst order
+	} {
+		p := newPair(t, Config{})
+		var pkts [][]byte
+		flows := make([]*flow, c.flows)
+		for i := range flows {
+			f := newFlow(rand.New(rand.NewPCG(17, uint64(i))), 0)
+			f.udp, f.psh, f.port = false, 1<<30, uint16(i)
+			flows[i] = f
+		}
+		for range c.each {
+			for _, f := range flows {
+				pkts = append(pkts, f.packet(100))
+			}
+		}
+		p.WriteBatch(pkts)
+		vs, supers := p.got(t)
+		n := 0
+		for i, b := range supers {
+			n += len(twinCut(b, vs[i]))
+		}
+		if n != len(pkts) || len(supers) > c.most {
+			t.Errorf("%d flows: %d of %d packets in %d messages, want at most %d", c.flows, n, len(pkts), len(supers), c.most)
+		}
+	}
+}
+
+// TestBarrier: what may belong to any flow overtakes none, and none overtakes it.
+func TestBarrier(t *testing.T) {
+	p := newPair(t, Config{})
+	a, b := newFlow(rand.New(rand.NewPCG(18, 1)), 0), newFlow(rand.New(rand.NewPCG(18, 2)), 0)
+	for _, f := range []*flow{a, b} {
+		f.v4, f.udp, f.df, f.psh = true, false, true, 1<<30
+	}
+	fragment := a.packet(80)
+	fragment[6] |= 0x20
+	p.WriteBatch([][]byte{a.packet(50), b.packet(50), bytes.Clone(fragment), b.packet(50), a.packet(50)})
+	_, pkts := p.got(t)
+	if len(pkts) != 5 || !bytes.Equal(pkts[2], fragment) {
+		t.Errorf("%d messages, the fragment is not the third", len(pkts))
+	}
+}
+
 // FuzzWrite gives WriteBatch anything twice, so that it may be joined with itself.
 func FuzzWrite(f *testing.F) {
 	r := rand.New(rand.NewPCG(9, 10))
@@ -491,6 +552,7 @@ func FuzzWrite(f *testing.F) {
 		if len(sent) != len(want) {
 			t.Fatalf("%d packets, want %d", len(sent), len(want))
 		}
+		sent, want = twinOrder(sent), twinOrder(want)
 		for i := range sent {
 			// IPv4 checksums of joined packets are made anew.
 			if sent[i][0]>>4 == 4 && len(pkts) != len(sent) {

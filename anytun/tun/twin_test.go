@@ -3,6 +3,7 @@ package tun
 import (
 	"encoding/binary"
 	"math/rand/v2"
+	"slices"
 )
 
 // The twins do slowly and plainly what the package does fast, from the
@@ -90,6 +91,51 @@ func blank(b []byte) []byte {
 		b[l.l4+at], b[l.l4+at+1] = 0, 0
 	}
 	return b
+}
+
+// twinFlow names the flow of a packet: protocol, addresses and ports; "" if they
+// are not in their usual places, so that it may be any's.
+func twinFlow(b []byte) string {
+	proto, at, l4 := byte(0), 0, 0
+	switch {
+	case b[0] == 0x45 && b[6]&0x3f == 0 && b[7] == 0:
+		proto, at, l4 = b[9], 12, 20
+	case b[0]>>4 == 6:
+		proto, at, l4 = b[6], 8, 40
+	}
+	if proto != protoTCP && proto != protoUDP {
+		return ""
+	}
+	return string(append([]byte{proto}, b[at:l4+4]...))
+}
+
+// twinOrder brings packets into the order in which a device may write them: flow by
+// flow, though none past a packet that may be of any flow.
+func twinOrder(pkts [][]byte) [][]byte {
+	var out [][]byte
+	for len(pkts) > 0 {
+		n := 0
+		var flows []string
+		parts := make(map[string][][]byte)
+		for n < len(pkts) && twinFlow(pkts[n]) != "" {
+			name := twinFlow(pkts[n])
+			if parts[name] == nil {
+				flows = append(flows, name)
+			}
+			parts[name] = append(parts[name], pkts[n])
+			n++
+		}
+		slices.Sort(flows)
+		for _, name := range flows {
+			out = append(out, parts[name]...)
+		}
+		if n < len(pkts) {
+			out = append(out, pkts[n])
+			n++
+		}
+		pkts = pkts[n:]
+	}
+	return out
 }
 
 // flow makes packets of one connection.
