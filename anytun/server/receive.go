@@ -30,6 +30,7 @@ type receiver struct {
 	peers  [][]byte // whole datagrams whose packets go to other clients
 	ctl    [][]byte // control messages of the run in hand
 	lost   [][]byte // packets of the run in hand that can't reach anybody
+	way    beaten   // of the run in hand, out
 	now    time.Time
 }
 
@@ -86,6 +87,7 @@ func (r *receiver) group(g *udp.Group) {
 func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]byte, from udp.Endpoint) [][]byte {
 	var top, packets, bytes uint64
 	r.ctl, r.lost = r.ctl[:0], r.lost[:0]
+	r.way.length = 0 // another client's, perhaps
 	a.mu.Lock()
 	for {
 		b := list[0]
@@ -153,6 +155,10 @@ func (r *receiver) run(a *association, known bool, h wire.DataHeader, list [][]b
 
 // packet sorts one opened packet. b is the datagram it lies in.
 func (r *receiver) packet(a *association, b, p []byte) {
+	if r.way.leads(p) {
+		r.egress = append(r.egress, p)
+		return
+	}
 	if wire.IsControl(p) {
 		r.ctl = append(r.ctl, p)
 		return
@@ -164,6 +170,7 @@ func (r *receiver) packet(a *association, b, p []byte) {
 	switch v {
 	case toEgress:
 		r.egress = append(r.egress, p)
+		r.way.note(p)
 	case toClient:
 		r.peers = append(r.peers, b)
 	case toNowhere:

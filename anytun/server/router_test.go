@@ -2,6 +2,7 @@ package server
 
 import (
 	"encoding/binary"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 
@@ -85,6 +86,94 @@ func TestRoute(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { route(p, 7, in) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
+}
+
+// likely makes two packets that differ little, or not at all, in what tells where
+// they go.
+func likely(r *rand.Rand) (p, q []byte) {
+	ip := netip.MustParseAddr
+	pairs := [][2]netip.Addr{
+		{testInner.IPv4(7), ip("198.51.100.1")}, {testInner.IPv4(7), testInner.IPv4(0)}, {testInner.IPv4(8), testInner.IPv4(7)},
+		{testInner.IPv6(7), ip("2001:db8::1")}, {testInner.IPv6(7), testInner.IPv6(0)}, {testInner.IPv6(8), testInner.IPv6(7)},
+	}
+	make1 := func(pair [2]netip.Addr) []byte {
+		b := ipPacket(pair[0], pair[1], r.IntN(30))
+		if b[0] == 0x45 && r.IntN(4) == 0 {
+			b[0] = 0x46
+		}
+		switch r.IntN(8) {
+		case 0:
+			b[r.IntN(len(b))] ^= 1 << r.IntN(8)
+		case 1:
+			b = b[:r.IntN(len(b))]
+		case 2:
+			b = append(b, 0)
+		}
+		return b
+	}
+	pair := pairs[r.IntN(len(pairs))]
+	p = make1(pair)
+	if r.IntN(4) == 0 {
+		pair = pairs[r.IntN(len(pairs))]
+	}
+	return p, make1(pair)
+}
+
+// TestBeaten: where a packet may follow another one, route sends it there, too.
+func TestBeaten(t *testing.T) {
+	seed := rand.Uint64()
+	r := rand.New(rand.NewPCG(seed, 0))
+	followed := 0
+	for range 100000 {
+		p, q := likely(r)
+		var w beaten
+		if w.leads(q) {
+			t.Fatalf("seed %d: % x follows nobody", seed, q)
+		}
+		if v, _, _ := route(p, 7, testInner); v != toEgress {
+			continue
+		}
+		w.note(p)
+		if !w.leads(q) {
+			continue
+		}
+		followed++
+		if v, _, why := route(q, 7, testInner); v != toEgress {
+			t.Fatalf("seed %d: % x follows % x, but: %v", seed, q, p, why)
+		}
+	}
+	if followed < 10000 {
+		t.Errorf("only %d of 100000 follow", followed)
+	}
+}
+
+// TestSameDestination: what goes with another packet is for the same client.
+func TestSameDestination(t *testing.T) {
+	seed := rand.Uint64()
+	r := rand.New(rand.NewPCG(seed, 0))
+	s := &Server{inner: testInner}
+	same := 0
+	for range 100000 {
+		p, q := likely(r)
+		if !sameDestination(p, q) {
+			continue
+		}
+		same++
+		c, ok := s.clientOf(around(p))
+		if d, o := s.clientOf(around(q)); d != c || o != ok {
+			t.Fatalf("seed %d: % x is for %d, %v; % x is not: %d, %v", seed, p, c, ok, q, d, o)
+		}
+	}
+	if same < 10000 {
+		t.Errorf("only %d of 100000 go together", same)
+	}
+}
+
+// around puts the tunnel's room around a packet.
+func around(p []byte) []byte {
+	b := room(len(p))
+	copy(inside(b), p)
+	return b
 }
 
 func FuzzRoute(f *testing.F) {

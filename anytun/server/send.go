@@ -1,6 +1,7 @@
 package server
 
 import (
+	"encoding/binary"
 	"errors"
 	"net"
 
@@ -22,8 +23,10 @@ func (s *Server) output(bufs [][]byte) {
 		client, ok := s.clientOf(bufs[0])
 		n := 1
 		for n < len(bufs) {
-			if c, o := s.clientOf(bufs[n]); c != client || o != ok {
-				break
+			if !sameDestination(inside(bufs[n-1]), inside(bufs[n])) {
+				if c, o := s.clientOf(bufs[n]); c != client || o != ok {
+					break
+				}
 			}
 			n++
 		}
@@ -38,8 +41,25 @@ func (s *Server) output(bufs [][]byte) {
 	}
 }
 
+// sameDestination says whether q, too, goes where p does. Whatever is wrong with p
+// must be wrong with q.
+func sameDestination(p, q []byte) bool {
+	if len(p) < 20 || len(q) < 20 || p[0] != q[0] {
+		return false
+	}
+	switch p[0] >> 4 {
+	case 4:
+		return int(binary.BigEndian.Uint16(p[2:])) == len(p) && int(binary.BigEndian.Uint16(q[2:])) == len(q) &&
+			int(p[0]&15)*4 <= min(len(p), len(q)) && [4]byte(p[16:]) == [4]byte(q[16:])
+	case 6:
+		return len(p) >= 40 && len(q) >= 40 && int(binary.BigEndian.Uint16(p[4:]))+40 == len(p) &&
+			int(binary.BigEndian.Uint16(q[4:]))+40 == len(q) && [16]byte(p[24:]) == [16]byte(q[24:])
+	}
+	return false
+}
+
 func (s *Server) clientOf(buf []byte) (client uint32, ok bool) {
-	_, dst, ok := addresses(buf[wire.DataHeaderLen : len(buf)-wire.TagLen])
+	_, dst, ok := addresses(inside(buf))
 	if !ok {
 		return 0, false
 	}

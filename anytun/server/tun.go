@@ -33,6 +33,9 @@ import (
 //	                becomes the destination
 //	     output     send.go
 //
+// Either way, what was found out about a flow's first packet in a batch holds for
+// the others (tun_flow.go).
+//
 // Three things keep something for a moment: fragments, of which only the first
 // has ports, are put together within bounds; clients enrolled as any-port get
 // mappings (anytun/nat); and the servers' own addresses, DNS above all, are
@@ -193,9 +196,13 @@ func (e *tunEgress) readLoop() error {
 // fromDevice handles one batch.
 func (e *tunEgress) fromDevice(b *inBatch, bufs [][]byte) {
 	b.out, b.replies = b.out[:0], b.replies[:0]
+	b.packets, b.bytes = 0, 0
+	b.flows.begin()
 	for _, buf := range bufs {
 		e.inward(b, buf)
 	}
+	e.count.packetsIn.Add(b.packets)
+	e.count.bytesIn.Add(b.bytes)
 	if len(b.out) > 0 {
 		e.Output(b.out)
 	}

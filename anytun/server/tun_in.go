@@ -9,6 +9,9 @@ import (
 // inBatch is what readLoop works with.
 type inBatch struct {
 	view, quote packet.View
+	flows       flowMemory
+	packets     uint64   // for clients
+	bytes       uint64   // of those
 	out         [][]byte // to clients
 	replies     [][]byte // back to the kernel
 }
@@ -16,6 +19,17 @@ type inBatch struct {
 // inward finds the client that a packet from outside is for. buf has the
 // tunnel's room around the packet.
 func (e *tunEgress) inward(b *inBatch, buf []byte) {
+	var flow *translation
+	key, protocol, l4 := plain(inside(buf))
+	if l4 > 0 && len(inside(buf)) <= e.MTU {
+		var known bool
+		if flow, known = b.flows.slot(key, protocol); known {
+			flow.apply(inside(buf))
+			b.take(buf)
+			return
+		}
+		flow.note(key, protocol, l4)
+	}
 	v := &b.view
 	if v.Parse(inside(buf)) != packet.OK {
 		e.count.drop(TunDropMalformed)
@@ -42,9 +56,21 @@ func (e *tunEgress) inward(b *inBatch, buf []byte) {
 		e.count.drop(why)
 		return
 	}
-	e.count.packetsIn.Add(1)
-	e.count.bytesIn.Add(uint64(len(v.Bytes)))
+	if flow != nil {
+		flow.learn(b.flows.batch, v.Bytes, false)
+		b.take(buf)
+		return
+	}
+	b.packets++
+	b.bytes += uint64(len(v.Bytes))
 	b.out = e.appendInner(b.out, buf, v)
+}
+
+// take adds a plain packet for a client to the batch.
+func (b *inBatch) take(buf []byte) {
+	b.packets++
+	b.bytes += uint64(len(inside(buf)))
+	b.out = append(b.out, buf)
 }
 
 // appendInner appends the buffer of a packet for a client to list, or those of

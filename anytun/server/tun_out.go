@@ -14,6 +14,9 @@ import (
 // outBatch is what one call of Input works with.
 type outBatch struct {
 	view, quote packet.View
+	flows       flowMemory
+	packets     uint64   // to the device
+	bytes       uint64   // of those
 	services    [][]byte // for the servers' own addresses
 	out         [][]byte // to the device
 	hairpin     [][]byte // whole datagrams for other clients, by their public ports
@@ -24,9 +27,13 @@ type outBatch struct {
 func (e *tunEgress) Input(pkts [][]byte) {
 	b := e.scratch.Get().(*outBatch)
 	b.now = time.Now()
+	b.packets, b.bytes = 0, 0
+	b.flows.begin()
 	for _, p := range pkts {
 		e.outward(b, p)
 	}
+	e.count.packetsOut.Add(b.packets)
+	e.count.bytesOut.Add(b.bytes)
 	if len(b.services) > 0 {
 		e.Services.Input(b.services)
 	}
@@ -45,6 +52,16 @@ func (e *tunEgress) Input(pkts [][]byte) {
 
 // outward sorts one packet of a client.
 func (e *tunEgress) outward(b *outBatch, p []byte) {
+	var flow *translation
+	if key, protocol, l4 := plain(p); l4 > 0 {
+		var known bool
+		if flow, known = b.flows.slot(key, protocol); known {
+			flow.apply(p)
+			b.take(p)
+			return
+		}
+		flow.note(key, protocol, l4)
+	}
 	v := &b.view
 	if v.Parse(p) != packet.OK {
 		e.count.drop(TunDropMalformed)
@@ -106,13 +123,21 @@ func (e *tunEgress) outward(b *outBatch, p []byte) {
 			e.count.drop(TunDropFragment)
 			return
 		}
-		e.count.packetsOut.Add(1)
-		e.count.bytesOut.Add(uint64(len(v.Bytes)))
+		b.packets++
+		b.bytes += uint64(len(v.Bytes))
 	default:
-		b.out = append(b.out, v.Bytes)
-		e.count.packetsOut.Add(1)
-		e.count.bytesOut.Add(uint64(len(v.Bytes)))
+		if flow != nil {
+			flow.learn(b.flows.batch, v.Bytes, true)
+		}
+		b.take(v.Bytes)
 	}
+}
+
+// take adds a packet for the device to the batch.
+func (b *outBatch) take(p []byte) {
+	b.packets++
+	b.bytes += uint64(len(p))
+	b.out = append(b.out, p)
 }
 
 // translateOut gives a packet the client's public address as its source, and
