@@ -34,6 +34,9 @@ func (nowhere) Close() error                            { return nil }
 // a real one costs a handshake.
 func scaleServer(b *testing.B, clients, stride int) (*Server, []registry.Location) {
 	b.Helper()
+	if testing.Short() && clients >= scaleClients {
+		b.Skip("to set up a million clients takes up to 14 seconds")
+	}
 	now := time.Now()
 	cluster, err := session.NewCluster(now)
 	if err != nil {

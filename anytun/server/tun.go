@@ -30,7 +30,8 @@ import (
 //	     WriteBatch the device joins segments; the kernel forwards
 //	in   readLoop   the device's super-packets come cut, with room around them
 //	     inward     tun_in.go: whose port? then that client's inner address
-//	                becomes the destination
+//	                becomes the destination; acknowledgements that others of
+//	                the batch make superfluous are left out (tun_acks.go)
 //	     output     send.go
 //
 // Either way, what was found out about a flow's first packet in a batch holds for
@@ -198,11 +199,14 @@ func (e *tunEgress) fromDevice(b *inBatch, bufs [][]byte) {
 	b.out, b.replies = b.out[:0], b.replies[:0]
 	b.packets, b.bytes = 0, 0
 	b.flows.begin()
+	b.acks.begin()
 	for _, buf := range bufs {
 		e.inward(b, buf)
 	}
 	e.count.packetsIn.Add(b.packets)
 	e.count.bytesIn.Add(b.bytes)
+	e.count.superfluous.Add(uint64(b.acks.gone))
+	b.out = b.acks.end(b.out)
 	if len(b.out) > 0 {
 		e.Output(b.out)
 	}

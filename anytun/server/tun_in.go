@@ -10,6 +10,7 @@ import (
 type inBatch struct {
 	view, quote packet.View
 	flows       flowMemory
+	acks        thinner
 	packets     uint64   // for clients
 	bytes       uint64   // of those
 	out         [][]byte // to clients
@@ -25,7 +26,7 @@ func (e *tunEgress) inward(b *inBatch, buf []byte) {
 		var known bool
 		if flow, known = b.flows.slot(key, protocol); known {
 			flow.apply(inside(buf))
-			b.take(buf)
+			b.take(buf, protocol, l4)
 			return
 		}
 		flow.note(key, protocol, l4)
@@ -58,7 +59,7 @@ func (e *tunEgress) inward(b *inBatch, buf []byte) {
 	}
 	if flow != nil {
 		flow.learn(b.flows.batch, v.Bytes, false)
-		b.take(buf)
+		b.take(buf, protocol, l4)
 		return
 	}
 	b.packets++
@@ -67,10 +68,13 @@ func (e *tunEgress) inward(b *inBatch, buf []byte) {
 }
 
 // take adds a plain packet for a client to the batch.
-func (b *inBatch) take(buf []byte) {
+func (b *inBatch) take(buf []byte, protocol packet.Protocol, l4 int) {
 	b.packets++
 	b.bytes += uint64(len(inside(buf)))
 	b.out = append(b.out, buf)
+	if protocol == packet.TCP {
+		b.acks.add(b.out, l4)
+	}
 }
 
 // appendInner appends the buffer of a packet for a client to list, or those of

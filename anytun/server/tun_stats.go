@@ -35,7 +35,7 @@ func (d TunDrop) String() string { return tunDropNames[d] }
 type tunCounters struct {
 	packetsOut, bytesOut, packetsIn, bytesIn atomic.Uint64
 	errorsOut, errorsIn, hairpinned, echoes  atomic.Uint64
-	reassembled                              atomic.Uint64
+	reassembled, superfluous                 atomic.Uint64
 	drops                                    [tunDropCount]atomic.Uint64
 }
 
@@ -56,6 +56,7 @@ type TunStats struct {
 	Hairpinned                               uint64    // packets between clients' public ports
 	Echoes                                   uint64    // pings to egress addresses answered
 	Reassembled                              uint64    // datagrams put together
+	Superfluous                              uint64    // acknowledgements left out, of PacketsIn
 	NAT                                      nat.Stats // mappings of any-port clients
 	OutFragments, InFragments                packet.ReassemblyStats
 	Drops                                    map[string]uint64
@@ -67,7 +68,7 @@ func (e *tunEgress) stats() TunStats {
 		PacketsOut: c.packetsOut.Load(), BytesOut: c.bytesOut.Load(),
 		PacketsIn: c.packetsIn.Load(), BytesIn: c.bytesIn.Load(),
 		ErrorsOut: c.errorsOut.Load(), ErrorsIn: c.errorsIn.Load(),
-		Hairpinned: c.hairpinned.Load(), Echoes: c.echoes.Load(), Reassembled: c.reassembled.Load(),
+		Hairpinned: c.hairpinned.Load(), Echoes: c.echoes.Load(), Reassembled: c.reassembled.Load(), Superfluous: c.superfluous.Load(),
 		NAT: e.nat.Stats(), OutFragments: e.outFragments.Stats(), InFragments: e.inFragments.Stats(),
 		Drops: make(map[string]uint64, tunDropCount),
 	}
