@@ -2,6 +2,7 @@
 # TCP is the kernel's from end to end.
 NEEDS="wireguard wg"
 TO=$DST_ROUTED
+SKIP=mem # connections are the kernel's
 . "$bench/contestants/_wireguard.inc"
 up() {
   wg_files && wg_server abwgs$$ 10.99.1 || return 1

@@ -19,7 +19,16 @@ const (
 // the processes weigh: with memoryFirst of them, and what each further one adds.
 // It means something in processes that have only just begun.
 func (t test) memory() (figures, error) {
-	f := figures{figClientBare: megabytes(t.procs.client), figServerBare: megabytes(t.procs.server)}
+	f := make(figures)
+	weigh := func(client, server string, sub figures, per float64) {
+		if len(t.procs.client) > 0 {
+			f[client] = (megabytes(t.procs.client) - sub[figClientMB]) / per
+		}
+		if len(t.procs.server) > 0 {
+			f[server] = (megabytes(t.procs.server) - sub[figServerMB]) / per
+		}
+	}
+	weigh(figClientBare, figServerBare, nil, 1)
 	var conns []net.Conn
 	defer func() { closeAll(conns) }()
 	var err error
@@ -27,14 +36,12 @@ func (t test) memory() (figures, error) {
 		return nil, err
 	}
 	pause(time.Second)
-	f[figClientMB], f[figServerMB] = megabytes(t.procs.client), megabytes(t.procs.server)
+	weigh(figClientMB, figServerMB, nil, 1)
 	if conns, err = t.openIdle(conns, memoryMore); err != nil {
 		return f, err // what is known is known
 	}
 	pause(time.Second)
-	each := func(now, then float64) float64 { return (now - then) * 1e3 / float64(memoryMore-memoryFirst) }
-	f[figClientKBEach] = each(megabytes(t.procs.client), f[figClientMB])
-	f[figServerKBEach] = each(megabytes(t.procs.server), f[figServerMB])
+	weigh(figClientKBEach, figServerKBEach, f, float64(memoryMore-memoryFirst)/1e3)
 	return f, nil
 }
 
