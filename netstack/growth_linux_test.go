@@ -308,19 +308,10 @@ const growthBatch = 64
 func (r *growthRig) down(t *turns, n, size, run int) {
 	sent := r.read.Load()
 	for n > 0 {
-		r.mu.Lock()
 		r.pkts = r.pkts[:0]
 		for len(r.pkts) < growthBatch {
-			i := t.next()
-			for k := range run {
-				flags := byte(flagACK)
-				if k == run-1 {
-					flags |= flagPSH
-				}
-				r.pkts = append(r.pkts, r.put(r.bufs[len(r.pkts)][:], i, flags, nil, size))
-			}
+			r.segments(t, run, size)
 		}
-		r.mu.Unlock()
 		r.stack.Input(r.pkts)
 		n -= growthBatch
 		// Two batches may be on their way.
@@ -330,6 +321,20 @@ func (r *growthRig) down(t *turns, n, size, run int) {
 		if n <= 0 {
 			r.await(sent)
 		}
+	}
+}
+
+// segments appends packets for the connection whose turn it is.
+func (r *growthRig) segments(t *turns, run, size int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i := t.next()
+	for k := range run {
+		flags := byte(flagACK)
+		if k == run-1 {
+			flags |= flagPSH
+		}
+		r.pkts = append(r.pkts, r.put(r.bufs[len(r.pkts)][:], i, flags, nil, size))
 	}
 }
 
