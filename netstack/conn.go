@@ -34,6 +34,7 @@ var (
 // Read returns a plain io.EOF, and only after the peer's FIN: never for a
 // reset, an Abort or a CloseRead.
 type Conn struct {
+	s             *Stack
 	ep            tcpip.Endpoint
 	local, remote netip.AddrPort
 	gates         gates
@@ -41,35 +42,39 @@ type Conn struct {
 	closed, readClosed atomic.Bool
 	failed             atomic.Uint64 // the errno that ended the connection, or 0
 
-	readMu sync.Mutex // held while reading; guards in
+	readMu sync.Mutex // held while reading; guards what follows
 	in     sliceWriter
+	window receiveWindow
 
-	writeMu sync.Mutex // held while writing; guards out
+	writeMu sync.Mutex // held while writing; guards what follows
 	out     outgoing
+	room    sendWindow
+	written int // since the last look at the path
 }
 
 // newConn wraps a connected endpoint.
 func (s *Stack) newConn(ep tcpip.Endpoint, wq *waiter.Queue) *Conn {
-	c := &Conn{ep: ep}
+	c := &Conn{s: s, ep: ep}
 	c.gates.init(wq)
-	c.begin(s.dev.mtu)
+	c.begin()
 	return c
 }
 
 // begin sets what every connection has, once it is connected.
-func (c *Conn) begin(mtu uint32) {
+func (c *Conn) begin() {
 	// GetRemoteAddress would fail if the peer has reset the connection already.
 	if info, ok := c.ep.Info().(*stack.TransportEndpointInfo); ok {
 		c.local = netip.AddrPortFrom(netipAddr(info.ID.LocalAddress), info.ID.LocalPort)
 		c.remote = netip.AddrPortFrom(netipAddr(info.ID.RemoteAddress), info.ID.RemotePort)
 	}
-	c.out.most = chunk(mtu, c.remote.Addr())
+	c.out.most = chunk(c.s.dev.mtu, c.remote.Addr())
 	// None of these can fail on a TCP endpoint.
 	idle, interval := tcpip.KeepaliveIdleOption(keepAliveIdle), tcpip.KeepaliveIntervalOption(keepAliveInterval)
 	_ = c.ep.SetSockOpt(&idle)
 	_ = c.ep.SetSockOpt(&interval)
 	_ = c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepAliveCount)
 	c.ep.SocketOptions().SetKeepAlive(true)
+	setCongestionControl(c.ep)
 }
 
 // Read reads what has arrived, waiting if nothing has.
@@ -89,6 +94,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 		c.in.b = nil
 		if n > 0 {
 			c.ep.ModerateRecvBuf(n)
+			c.window.hasRead(&c.s.windows.in, c.ep, n)
 			return n, nil
 		}
 		switch err.(type) {
@@ -177,6 +183,7 @@ func (c *Conn) ReadTo(w io.Writer) (int, error) {
 	r, err := c.ep.Read(w, tcpip.ReadOptions{})
 	if r.Count > 0 {
 		c.ep.ModerateRecvBuf(r.Count)
+		c.window.hasRead(&c.s.windows.in, c.ep, r.Count)
 		return r.Count, nil
 	}
 	switch err.(type) {
@@ -203,6 +210,8 @@ func (c *Conn) Write(b []byte) (int, error) {
 		n, err := c.ep.Write(&c.out, tcpip.WriteOptions{})
 		c.out.b = nil
 		done += int(n)
+		c.room.hasWritten(&c.s.windows.out, c.ep, int(n))
+		c.wrote(int(n))
 		switch err.(type) {
 		case nil:
 			if done == len(b) {
@@ -235,6 +244,8 @@ func (c *Conn) WriteFrom(r interface {
 	// Atomic: what r has given must not be truncated for want of room.
 	n, err := c.ep.Write(&c.out, tcpip.WriteOptions{Atomic: true})
 	c.out.from = nil
+	c.room.hasWritten(&c.s.windows.out, c.ep, int(n))
+	c.wrote(int(n))
 	switch err.(type) {
 	case nil, *tcpip.ErrWouldBlock:
 		return int(n), nil
@@ -242,6 +253,14 @@ func (c *Conn) WriteFrom(r interface {
 		return 0, c.opError("write", io.ErrUnexpectedEOF)
 	default:
 		return 0, c.writeError(err)
+	}
+}
+
+// wrote counts what was written. writeMu is held.
+func (c *Conn) wrote(n int) {
+	if c.written += n; c.written >= checkPath {
+		c.written = 0
+		reviewCongestionControl(c.ep, smoothedRTT(c.ep))
 	}
 }
 

@@ -40,7 +40,7 @@ func (s *Stack) DialTCP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
 		_ = c.Abort()
 		return nil, dialError(to, s.dialReason(c, to, err))
 	}
-	c.begin(s.dev.mtu)
+	c.begin()
 	return c, nil
 }
 
@@ -58,7 +58,7 @@ func (s *Stack) connect(to netip.AddrPort) (c *Conn, ok bool, err error) {
 	if e != nil {
 		return nil, true, sysError("socket", e)
 	}
-	c = &Conn{ep: ep}
+	c = &Conn{s: s, ep: ep}
 	c.gates.init(wq)
 	e = ep.Connect(tcpip.FullAddress{Addr: tcpipAddr(to.Addr()), Port: to.Port()})
 	if _, started := e.(*tcpip.ErrConnectStarted); !started && e != nil {

@@ -151,7 +151,8 @@ type Stack struct {
 
 	dnsQueries, dnsHits atomic.Uint64
 
-	outage outage
+	outage  outage
+	windows windows
 }
 
 // quiet silences gVisor's own logger, which would write to stderr, and for
@@ -193,6 +194,7 @@ func New(c Config) (*Stack, error) {
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocolCUBIC, udp.NewProtocol},
 		Clock:              c.Clock,
 	})
+	s.windows.init(c.Clock)
 	if err := s.configure(); err != nil {
 		s.st.Destroy()
 		return nil, err
