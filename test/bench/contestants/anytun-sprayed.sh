@@ -7,7 +7,8 @@ up() {
   local s other
   for s in one two; do
     other=$([ $s = one ] && echo two || echo one)
-    anytun_server $s "$ANYCAST:$PORT" --egress tun --egress-address "${EGRESS[anycast]}" --ports-per-client 64512 \
+    mkdir -p "$W/$s" # where a server's own NATS keeps what it knows
+    anytun_server $s "$ANYCAST:$PORT" --state-dir "$W/$s" --egress tun --egress-address "${EGRESS[anycast]}" --ports-per-client 64512 \
       --cluster-listen "${ADDRESS[$s]}:$((PORT + 1))" --cluster-join "${ADDRESS[$other]}:$((PORT + 1))"
   done
   anytun_client
