@@ -5,8 +5,10 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/anytun-go/anytun/anytun/session"
+	"github.com/anytun-go/anytun/anytun/udp"
 )
 
 var testInner = session.NewInner(session.PublicKey{1, 2, 3})
@@ -144,6 +146,24 @@ func TestBeaten(t *testing.T) {
 	}
 	if followed < 10000 {
 		t.Errorf("only %d of 100000 follow", followed)
+	}
+}
+
+// TestBeatenByAnother: a client can't take another one's way, not even right behind
+// its packets.
+func TestBeatenByAnother(t *testing.T) {
+	r := newServerRig(t)
+	world4, world6 := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1")
+	var list [][]byte
+	for _, client := range []uint32{2, 3, 2} {
+		b := [][]byte{around(ipPacket(r.inner.IPv6(2), world6, 8)), around(ipPacket(r.inner.IPv4(2), world4, 8))}
+		granted(t, r.cluster, client, time.Now()).Seal(b)
+		list = append(list, b...)
+	}
+	r.in.now = time.Now()
+	r.in.group(&udp.Group{From: udp.Endpoint{Addr: netip.MustParseAddrPort("10.0.0.1:1"), Local: testService.Addr()}, Packets: list})
+	if n, spoofed := len(r.in.egress), r.counters.drops[DropSpoofed].Load(); n != 4 || spoofed != 2 {
+		t.Errorf("%d packets of client 2 went on, %d of client 3 in its name were dropped; want 4, 2", n, spoofed)
 	}
 }
 
