@@ -95,8 +95,12 @@ func TestRoute(t *testing.T) {
 func likely(r *rand.Rand) (p, q []byte) {
 	ip := netip.MustParseAddr
 	pairs := [][2]netip.Addr{
-		{testInner.IPv4(7), ip("198.51.100.1")}, {testInner.IPv4(7), testInner.IPv4(0)}, {testInner.IPv4(8), testInner.IPv4(7)},
-		{testInner.IPv6(7), ip("2001:db8::1")}, {testInner.IPv6(7), testInner.IPv6(0)}, {testInner.IPv6(8), testInner.IPv6(7)},
+		{testInner.IPv4(7), ip("198.51.100.1")},
+		{testInner.IPv4(7), testInner.IPv4(0)},
+		{testInner.IPv4(8), testInner.IPv4(7)},
+		{testInner.IPv6(7), ip("2001:db8::1")},
+		{testInner.IPv6(7), testInner.IPv6(0)},
+		{testInner.IPv6(8), testInner.IPv6(7)},
 	}
 	make1 := func(pair [2]netip.Addr) []byte {
 		b := ipPacket(pair[0], pair[1], r.IntN(30))
