@@ -69,6 +69,11 @@ type Options struct {
 	// with a buffer of 64 KiB. 0 means 8.
 	Messages int
 
+	// ShareBuffers makes the socket hold those buffers only while there are
+	// datagrams in them, for a program with many sockets of which most are
+	// idle. Linux only; elsewhere a socket keeps one buffer.
+	ShareBuffers bool
+
 	// NoOffload keeps UDP_SEGMENT and UDP_GRO off. For tests and for drivers
 	// that get them wrong.
 	NoOffload bool

@@ -8,7 +8,8 @@
 // interface stands on net.UDPConn, one datagram per system call. Nobody outside
 // this package knows the difference.
 //
-// The package knows nothing of anytun's packets, sessions or keys.
+// The package knows nothing of anytun's packets, sessions or keys. Others that
+// move many datagrams, such as a proxy towards its applications, get a [Socket].
 //
 // # Lost packets are not errors
 //

@@ -30,9 +30,12 @@ type kernelConn struct {
 	sendBuffer  int
 	counters    counters
 
-	reader *reader
-	free   chan *sendBatch // idle scratch of WriteBatch
-	zones  zones
+	reader   *reader // nil while a socket that shares has none
+	share    bool
+	messages int
+	receive  func(fd uintptr) bool // the method receiveMessages, bound once
+	free     chan *sendBatch       // idle scratch of WriteBatch
+	zones    zones
 
 	// The system calls, so that tests can be the kernel.
 	recvmmsg func(fd uintptr, msgs []mmsghdr) (int, syscall.Errno)
@@ -43,7 +46,7 @@ type kernelConn struct {
 }
 
 var (
-	_ Conn        = (*kernelConn)(nil)
+	_ countedConn = (*kernelConn)(nil)
 	_ StatsReader = (*kernelConn)(nil)
 )
 
@@ -60,7 +63,10 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 		free:     make(chan *sendBatch, idleBatches),
 		recvmmsg: recvmmsg,
 		sendmmsg: sendmmsg,
+		share:    o.ShareBuffers,
+		messages: o.Messages,
 	}
+	c.receive = c.receiveMessages
 	control := o.Control
 	o.Control = func(network, address string, rc syscall.RawConn) error {
 		// Before bind, so that the first datagram finds everything set.
@@ -83,7 +89,9 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 	}
 	c.uc, c.rc = uc, rc
 	c.local = localAddr(uc)
-	c.reader = newReader(c, o.Messages)
+	if !c.share {
+		c.reader = newReader(c.messages)
+	}
 	return c, nil
 }
 

@@ -27,7 +27,7 @@ type portableConn struct {
 }
 
 var (
-	_ Conn        = (*portableConn)(nil)
+	_ countedConn = (*portableConn)(nil)
 	_ StatsReader = (*portableConn)(nil)
 )
 
@@ -81,14 +81,21 @@ func (c *portableConn) ReadBatch() ([]Group, error) {
 
 // WriteBatch implements Conn.
 func (c *portableConn) WriteBatch(pkts [][]byte, to Endpoint) error {
+	_, err := c.write(pkts, to)
+	return err
+}
+
+// write is WriteBatch and tells how many datagrams were sent.
+func (c *portableConn) write(pkts [][]byte, to Endpoint) (sent int, err error) {
 	if !to.Addr.IsValid() {
 		c.counters.drop(DropBadAddress, len(pkts))
-		return nil
+		return 0, nil
 	}
 	for _, p := range pkts {
 		_, err := c.uc.WriteToUDPAddrPort(p, to.Addr)
 		if err == nil {
 			c.counters.sent.add(1, len(p), 1)
+			sent++
 			continue
 		}
 		var malformed *net.AddrError
@@ -98,11 +105,11 @@ func (c *portableConn) WriteBatch(pkts [][]byte, to Endpoint) error {
 		}
 		reason, lost := dropReasonOf(err)
 		if !lost {
-			return fmt.Errorf("write udp: %w", err)
+			return sent, fmt.Errorf("write udp: %w", err)
 		}
 		c.counters.drop(reason, 1)
 	}
-	return nil
+	return sent, nil
 }
 
 // LocalAddr implements Conn.

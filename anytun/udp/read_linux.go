@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -27,24 +28,37 @@ const maxReadErrors = 1000
 // reader is the ring of receive buffers. It belongs to the one goroutine that
 // calls ReadBatch.
 type reader struct {
-	c       *kernelConn
 	msgs    []mmsghdr
 	iovs    []unix.Iovec
 	names   []sockaddr
 	control []control
 	bufs    [][]byte
 
-	receive func(fd uintptr) bool // the method receiveMessages, bound once
-	n       int                   // messages received by it
-	errno   syscall.Errno
+	n     int // messages received
+	errno syscall.Errno
 
 	packets [][]byte // slab that groups' Packets are parts of
 	groups  []Group
 }
 
-func newReader(c *kernelConn, messages int) *reader {
+// idleReaders are those of the sockets that share.
+var idleReaders sync.Pool // of *reader
+
+func (c *kernelConn) takeReader() {
+	if r, ok := idleReaders.Get().(*reader); ok && len(r.msgs) == c.messages {
+		c.reader = r
+		return
+	}
+	c.reader = newReader(c.messages)
+}
+
+func (c *kernelConn) giveReader() {
+	idleReaders.Put(c.reader)
+	c.reader = nil
+}
+
+func newReader(messages int) *reader {
 	r := &reader{
-		c:       c,
 		msgs:    make([]mmsghdr, messages),
 		iovs:    make([]unix.Iovec, messages),
 		names:   make([]sockaddr, messages),
@@ -63,16 +77,14 @@ func newReader(c *kernelConn, messages int) *reader {
 		h.Name = (*byte)(unsafe.Pointer(&r.names[i]))
 		h.Control = (*byte)(r.control[i].at(0))
 	}
-	r.receive = r.receiveMessages
 	return r
 }
 
 // ReadBatch implements Conn.
 func (c *kernelConn) ReadBatch() ([]Group, error) {
-	r := c.reader
 	for {
-		r.n, r.errno = 0, 0
-		err := c.rc.Read(r.receive)
+		err := c.rc.Read(c.receive)
+		r := c.reader
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return nil, net.ErrClosed
@@ -81,14 +93,29 @@ func (c *kernelConn) ReadBatch() ([]Group, error) {
 		case r.errno != 0:
 			return nil, fmt.Errorf("read udp: %w", r.errno)
 		}
-		if r.cut(); len(r.groups) > 0 {
+		if c.cut(r); len(r.groups) > 0 {
 			return r.groups, nil
 		}
 	}
 }
 
 // receiveMessages is given to RawConn.Read: false means wait until readable.
-func (r *reader) receiveMessages(fd uintptr) bool {
+func (c *kernelConn) receiveMessages(fd uintptr) bool {
+	if c.reader == nil {
+		c.takeReader()
+	}
+	if c.reader.receive(c, fd) {
+		return true
+	}
+	if c.share {
+		c.giveReader()
+	}
+	return false
+}
+
+// receive fills the ring, or returns false if there is nothing.
+func (r *reader) receive(c *kernelConn, fd uintptr) bool {
+	r.n, r.errno = 0, 0
 	for i := range r.msgs {
 		h := &r.msgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
@@ -96,7 +123,7 @@ func (r *reader) receiveMessages(fd uintptr) bool {
 		h.Flags = 0
 	}
 	for tries := 1; ; tries++ {
-		n, errno := r.c.recvmmsg(fd, r.msgs)
+		n, errno := c.recvmmsg(fd, r.msgs)
 		switch errno {
 		case 0:
 			r.n = n
@@ -111,31 +138,31 @@ func (r *reader) receiveMessages(fd uintptr) bool {
 			r.errno = errno
 			return true
 		}
-		r.c.counters.drop(reason, 1)
+		c.counters.drop(reason, 1)
 	}
 }
 
 // cut makes groups of the received messages.
-func (r *reader) cut() {
+func (c *kernelConn) cut(r *reader) {
 	r.packets, r.groups = r.packets[:0], r.groups[:0]
 	size := 0
 	for i := range r.n {
 		m := &r.msgs[i]
 		if m.hdr.Flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
 			// Without all control data the segment size may be missing.
-			r.c.counters.drop(DropTruncated, 1)
+			c.counters.drop(DropTruncated, 1)
 			continue
 		}
-		local, segment := r.control[i].parse(int(m.hdr.Controllen), &r.c.zones)
-		if !r.c.wildcard {
-			local = r.c.local.Addr()
+		local, segment := r.control[i].parse(int(m.hdr.Controllen), &c.zones)
+		if !c.wildcard {
+			local = c.local.Addr()
 		}
-		from := Endpoint{Addr: r.c.zones.addrPort(&r.names[i]), Local: local}
+		from := Endpoint{Addr: c.zones.addrPort(&r.names[i]), Local: local}
 		size += int(m.len)
 		r.add(from, r.bufs[i][:m.len], segment)
 	}
 	if n := len(r.packets); n > 0 {
-		r.c.counters.received.add(n, size, r.n)
+		c.counters.received.add(n, size, r.n)
 	}
 }
 

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -565,5 +567,49 @@ func TestPathMTUPolicy(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
+	}
+}
+
+// A socket that shares has no receive buffers while it waits, and several take
+// turns with the same ones.
+func TestShareBuffers(t *testing.T) {
+	o := Options{ShareBuffers: true, Messages: 3, NoOffload: true}
+	var conns []*kernelConn
+	for range 3 {
+		c, err := listenKernel(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), 0), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+	}
+	sender := plain(t, conns[0].local.Addr())
+	for round := range 4 {
+		for _, c := range conns {
+			want := makePackets(repeat(100+round, 7), 0)
+			for _, p := range want {
+				if _, err := sender.WriteToUDPAddrPort(p, c.local); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, _ := read(t, c, len(want))
+			compare(t, got, want)
+			if len(c.reader.msgs) != 3 {
+				t.Errorf("a ring of %d messages", len(c.reader.msgs))
+			}
+			// The next read finds nothing and lets go of the ring.
+			if err := c.uc.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.ReadBatch(); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatal(err)
+			}
+			if c.reader != nil || len(c.free) != 0 {
+				t.Error("an idle socket holds buffers")
+			}
+			if err := c.uc.SetReadDeadline(time.Time{}); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -51,6 +52,7 @@ type sendBatch struct {
 	source  netip.Addr // address to leave from; invalid: the kernel chooses
 	zone    uint32     // interface index of source, if it is link-local
 
+	lost        int // datagrams of this WriteBatch that the kernel refused
 	built, niov int // messages and iovecs in use
 	sent        int // messages dealt with
 	errno       syscall.Errno
@@ -60,8 +62,8 @@ type sendBatch struct {
 	wait func(fd uintptr) bool // sendWhenWritable, bound once
 }
 
-func newSendBatch(c *kernelConn) *sendBatch {
-	b := &sendBatch{c: c}
+func newSendBatch() *sendBatch {
+	b := new(sendBatch)
 	for i := range b.msgs {
 		b.msgs[i].hdr.Name = (*byte)(unsafe.Pointer(&b.name))
 	}
@@ -69,16 +71,30 @@ func newSendBatch(c *kernelConn) *sendBatch {
 	return b
 }
 
+// sharedBatches are those of the sockets that share.
+var sharedBatches = sync.Pool{New: func() any { return newSendBatch() }}
+
 func (c *kernelConn) takeBatch() *sendBatch {
-	select {
-	case b := <-c.free:
-		return b
-	default:
-		return newSendBatch(c)
+	var b *sendBatch
+	if c.share {
+		b = sharedBatches.Get().(*sendBatch)
+	} else {
+		select {
+		case b = <-c.free:
+		default:
+			b = newSendBatch()
+		}
 	}
+	b.c = c
+	return b
 }
 
 func (c *kernelConn) giveBatch(b *sendBatch) {
+	b.c = nil
+	if c.share {
+		sharedBatches.Put(b)
+		return
+	}
 	select {
 	case c.free <- b:
 	default: // the collector's
@@ -87,15 +103,23 @@ func (c *kernelConn) giveBatch(b *sendBatch) {
 
 // WriteBatch implements Conn.
 func (c *kernelConn) WriteBatch(pkts [][]byte, to Endpoint) error {
-	if len(pkts) == 0 {
-		return nil
+	_, err := c.write(pkts, to)
+	return err
+}
+
+// write is WriteBatch and tells how many datagrams were sent.
+func (c *kernelConn) write(pkts [][]byte, to Endpoint) (sent int, err error) {
+	total := len(pkts)
+	if total == 0 {
+		return 0, nil
 	}
 	b := c.takeBatch()
 	defer c.giveBatch(b)
 	if !b.address(to) {
-		c.counters.drop(DropBadAddress, len(pkts))
-		return nil
+		c.counters.drop(DropBadAddress, total)
+		return 0, nil
 	}
+	b.lost = 0
 	offload := c.sendOffload.Load()
 	for len(pkts) > 0 {
 		n := b.build(pkts, offload)
@@ -104,14 +128,14 @@ func (c *kernelConn) WriteBatch(pkts [][]byte, to Endpoint) error {
 		// Merged iovecs hide all but the first packet from the collector.
 		runtime.KeepAlive(pkts)
 		if err != nil {
-			return err
+			return total - len(pkts) - b.lost, err
 		}
 		if rest < n {
 			offload = false
 		}
 		pkts = pkts[rest:]
 	}
-	return nil
+	return total - b.lost, nil
 }
 
 // address prepares the destination and the source of all messages.
@@ -247,6 +271,7 @@ func (b *sendBatch) flush(n int) (int, error) {
 			return 0, fmt.Errorf("write udp: %w", b.errno)
 		}
 		c.counters.drop(reason, r.count)
+		b.lost += r.count
 		b.sent++
 	}
 	return n, nil
