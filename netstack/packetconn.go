@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"context"
+	"encoding/binary"
 	"net"
 	"net/netip"
 	"os"
@@ -12,27 +13,36 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
-	"gvisor.dev/gvisor/pkg/waiter"
+	reserved "gvisor.dev/gvisor/pkg/tcpip/ports"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
+
+// A UDP socket does without a gVisor endpoint, whose cost per datagram is a
+// multiple of what is done here. gVisor puts fragments together, looks after
+// ports, answers for ports that nobody has, and ends the socket with the stack;
+// for that the socket is a stack.TransportEndpoint of its demultiplexer.
+//
+//	in   HandlePacket  one copy, to the queue
+//	     ReadBatch     takes a chunk of the queue, mostly many datagrams
+//	out  WriteBatch    builds packets in a batch of the device, flushes once
 
 // PacketConn is an unconnected UDP socket of a Stack, with the method names of
 // net.UDPConn. It is safe for concurrent use. Up to 1 MiB of datagrams wait to
 // be read; those beyond are dropped and counted in Stats.UDPBufferErrors.
 type PacketConn struct {
-	ep     tcpip.Endpoint
-	dual   bool // an IPv6 socket that takes IPv4 as well
-	v4     bool
+	s      *Stack
+	dual   bool // it has no address of its own and takes both families
 	at     netip.AddrPort
-	gates  gates
+	res    reserved.Reservation
 	closed atomic.Bool
 
-	readMu sync.Mutex // held while reading; guards in
-	in     sliceWriter
+	queue   udpQueue
+	read    gate
+	readMu  sync.Mutex // held while reading; guards the next two
+	reading *udpChunk  // what the last read took from the queue
+	next    int        // the datagram in it that comes next
 
-	writeMu sync.Mutex // held while writing; guards out and to
-	out     sliceReader
-	to      tcpip.FullAddress
+	write gate // only its deadline; writing never waits
 }
 
 // ListenUDP opens a UDP socket. The unspecified address (or the zero Addr)
@@ -57,25 +67,38 @@ func (s *Stack) listenUDP(at netip.AddrPort) (c *PacketConn, ok bool, err error)
 	if s.closed {
 		return nil, true, listenError("udp", at, net.ErrClosed)
 	}
-	proto := bindProtocol(at.Addr())
-	dual := !at.Addr().IsValid() || at.Addr().Unmap().IsUnspecified()
-	if !dual && !s.isOwn(at.Addr().Unmap().WithZone("")) {
-		return nil, true, listenError("udp", at, sysErrno("bind", syscall.EADDRNOTAVAIL))
+	a := unmap(at).Addr()
+	c = &PacketConn{s: s, dual: !a.IsValid() || a.IsUnspecified()}
+	c.res = reserved.Reservation{Transport: header.UDPProtocolNumber, Port: at.Port()}
+	if c.dual {
+		a = netip.IPv6Unspecified()
+		c.res.Networks = []tcpip.NetworkProtocolNumber{header.IPv6ProtocolNumber, header.IPv4ProtocolNumber}
+	} else {
+		if !s.isOwn(a) {
+			return nil, true, listenError("udp", at, sysErrno("bind", syscall.EADDRNOTAVAIL))
+		}
+		c.res.Networks = []tcpip.NetworkProtocolNumber{protocolOf(a)}
+		c.res.Addr = tcpipAddr(a)
 	}
-	wq := new(waiter.Queue)
-	ep, e := s.st.NewEndpoint(udp.ProtocolNumber, proto, wq)
+	port, e := s.st.ReservePort(s.st.SecureRNG(), c.res, nil)
 	if e != nil {
-		return nil, true, listenError("udp", at, sysError("socket", e))
-	}
-	c = &PacketConn{ep: ep, dual: dual, v4: proto == header.IPv4ProtocolNumber}
-	c.gates.init(wq)
-	// A multicast datagram goes into the tunnel and nowhere else.
-	ep.SocketOptions().SetMulticastLoop(false)
-	if c.at, e = bind(ep, at); e != nil {
-		ep.Close()
 		return nil, !isNoPort(e), listenError("udp", at, sysError("bind", e))
 	}
+	c.res.Port = port
+	c.at = netip.AddrPortFrom(a, port)
+	c.read.init()
+	c.write.init()
+	if e := s.st.RegisterTransportEndpoint(c.res.Networks, c.res.Transport, c.id(), c, c.res.Flags, 0); e != nil {
+		s.st.ReleasePort(c.res)
+		return nil, true, listenError("udp", at, sysError("bind", e))
+	}
+	s.ports.udp.add(c)
 	return c, true, nil
+}
+
+// id is what gVisor knows the socket by.
+func (c *PacketConn) id() stack.TransportEndpointID {
+	return stack.TransportEndpointID{LocalAddress: c.res.Addr, LocalPort: c.res.Port}
 }
 
 // ReadFromUDPAddrPort reads one datagram; what exceeds b is lost. The address
@@ -83,26 +106,46 @@ func (s *Stack) listenUDP(at netip.AddrPort) (c *PacketConn, ok bool, err error)
 func (c *PacketConn) ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error) {
 	c.readMu.Lock()
 	defer c.readMu.Unlock()
+	if err := c.fill(); err != nil {
+		return 0, netip.AddrPort{}, err
+	}
+	k := c.reading
+	n, from := copy(b, k.datagrams[c.next][udpRoom:]), k.from[c.next]
+	c.next++
+	return n, from, nil
+}
+
+// ReadBatch waits for datagrams and returns some that have come, in order, with
+// their senders: each with room bytes before it, at most 32. They are the
+// caller's, to be changed as well, until the next read of the socket.
+func (c *PacketConn) ReadBatch(room int) (datagrams [][]byte, from []netip.AddrPort, err error) {
+	c.readMu.Lock()
+	defer c.readMu.Unlock()
+	if err := c.fill(); err != nil {
+		return nil, nil, err
+	}
+	datagrams, from = c.reading.datagrams[c.next:], c.reading.from[c.next:]
+	for i, d := range datagrams {
+		datagrams[i] = d[udpRoom-room:]
+	}
+	c.next += len(datagrams)
+	return datagrams, from, nil
+}
+
+// fill waits until there is a next datagram in c.reading. c.readMu is held.
+func (c *PacketConn) fill() error {
 	for {
-		if c.closed.Load() {
-			return 0, netip.AddrPort{}, c.opError("read", netip.AddrPort{}, net.ErrClosed)
+		switch {
+		case c.closed.Load():
+			return c.opError("read", netip.AddrPort{}, net.ErrClosed)
+		case c.read.isExpired():
+			return c.opError("read", netip.AddrPort{}, os.ErrDeadlineExceeded)
+		case c.reading != nil && c.next < len(c.reading.datagrams):
+			return nil
 		}
-		if c.gates.read.isExpired() {
-			return 0, netip.AddrPort{}, c.opError("read", netip.AddrPort{}, os.ErrDeadlineExceeded)
-		}
-		c.in = sliceWriter{b: b}
-		res, err := c.ep.Read(&c.in, tcpip.ReadOptions{NeedRemoteAddr: true})
-		n := c.in.n
-		c.in.b = nil
-		switch err.(type) {
-		case nil, *tcpip.ErrBadBuffer: // ErrBadBuffer: b has no room at all
-			return n, netip.AddrPortFrom(netipAddr(res.RemoteAddr.Addr), res.RemoteAddr.Port), nil
-		case *tcpip.ErrWouldBlock:
-			<-c.gates.read.ch
-		case *tcpip.ErrClosedForReceive:
-			return 0, netip.AddrPort{}, c.opError("read", netip.AddrPort{}, net.ErrClosed)
-		default:
-			return 0, netip.AddrPort{}, c.opError("read", netip.AddrPort{}, sysError("recvfrom", err))
+		c.reading.done()
+		if c.reading, c.next = c.queue.take(), 0; c.reading == nil {
+			<-c.read.ch
 		}
 	}
 }
@@ -111,47 +154,86 @@ func (c *PacketConn) ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error) 
 // A payload above 65507 bytes (IPv4) or 65527 (IPv6) gives EMSGSIZE, a family
 // of which the stack has no address ENETUNREACH.
 func (c *PacketConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error) {
+	out := c.s.dev.batch()
+	defer out.done()
+	if err := c.send(out, b, to); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// WriteBatch sends datagrams, each as WriteToUDPAddrPort does, in order. It ends
+// at the first that can't be sent and returns how many went before it, and why
+// this one didn't.
+func (c *PacketConn) WriteBatch(datagrams [][]byte, to []netip.AddrPort) (int, error) {
+	out := c.s.dev.batch()
+	defer out.done()
+	for i, b := range datagrams {
+		if err := c.send(out, b, to[i]); err != nil {
+			return i, err
+		}
+	}
+	return len(datagrams), nil
+}
+
+// send appends a datagram to a batch.
+func (c *PacketConn) send(out *batch, b []byte, to netip.AddrPort) error {
 	to = unmap(to)
-	a := to.Addr()
-	var err error
-	switch {
-	case !to.IsValid() || to.Port() == 0:
-		err = sysErrno("sendto", syscall.EINVAL)
-	case !c.dual && a.Is4() != c.v4:
-		err = sysErrno("sendto", syscall.EAFNOSUPPORT)
-	case a.Is4() && len(b) > maxUDPv4, len(b) > maxUDPv6:
-		err = sysErrno("sendto", syscall.EMSGSIZE)
-	}
+	from, err := c.checkSend(len(b), to)
 	if err != nil {
-		return 0, c.opError("write", to, err)
+		return c.opError("write", to, err)
 	}
-	c.writeMu.Lock()
-	defer c.writeMu.Unlock()
-	c.to = tcpip.FullAddress{Addr: tcpipAddr(a), Port: to.Port()}
-	if c.dual {
-		c.to.Addr = tcpip.AddrFrom16(a.As16())
+	out.putUDP(netip.AddrPortFrom(from, c.at.Port()), to, b)
+	return nil
+}
+
+// checkSend returns the address from which n bytes can be sent to to.
+func (c *PacketConn) checkSend(n int, to netip.AddrPort) (from netip.Addr, err error) {
+	a := to.Addr()
+	switch {
+	case c.closed.Load() || c.s.dev.outClosed.Load():
+		return from, net.ErrClosed
+	case c.write.isExpired():
+		return from, os.ErrDeadlineExceeded
+	case !to.IsValid() || to.Port() == 0:
+		return from, sysErrno("sendto", syscall.EINVAL)
+	case !c.dual && a.Is4() != c.at.Addr().Is4():
+		return from, sysErrno("sendto", syscall.EAFNOSUPPORT)
+	case a.Is4() && n > maxUDPv4, n > maxUDPv6:
+		return from, sysErrno("sendto", syscall.EMSGSIZE)
 	}
-	for {
-		if c.closed.Load() {
-			return 0, c.opError("write", to, net.ErrClosed)
-		}
-		if c.gates.write.isExpired() {
-			return 0, c.opError("write", to, os.ErrDeadlineExceeded)
-		}
-		c.out.b = b
-		_, err := c.ep.Write(&c.out, tcpip.WriteOptions{To: &c.to})
-		c.out.b = nil
-		switch err.(type) {
-		case nil:
-			return len(b), nil
-		case *tcpip.ErrWouldBlock:
-			<-c.gates.write.ch
-		case *tcpip.ErrClosedForSend, *tcpip.ErrInvalidEndpointState:
-			return 0, c.opError("write", to, net.ErrClosed)
-		default:
-			return 0, c.opError("write", to, sysError("sendto", err))
+	from, ok := c.s.sourceFor(c.at.Addr(), a)
+	switch {
+	case !ok || a.IsUnspecified():
+		return from, sysErrno("sendto", syscall.ENETUNREACH)
+	case a == broadcast:
+		return from, sysErrno("sendto", syscall.EACCES)
+	}
+	return from, nil
+}
+
+// sourceFor returns the stack's address to send to `to` from, which is bound if
+// that is one.
+func (s *Stack) sourceFor(bound, to netip.Addr) (from netip.Addr, ok bool) {
+	n := 0
+	for _, a := range *s.own.Load() {
+		switch {
+		case a == bound:
+			return a, true
+		case a.Is4() == to.Is4() && bound.IsUnspecified():
+			from = a
+			n++
 		}
 	}
+	if n < 2 {
+		return from, n == 1
+	}
+	r, err := s.st.FindRoute(nicID, tcpip.Address{}, tcpipAddr(to), protocolOf(to), false)
+	if err != nil {
+		return from, true
+	}
+	defer r.Release()
+	return netipAddr(r.LocalAddress()), true
 }
 
 // LocalAddr returns the *net.UDPAddr the socket is bound to.
@@ -165,11 +247,11 @@ func (c *PacketConn) SetDeadline(t time.Time) error {
 	return c.SetWriteDeadline(t)
 }
 
-// SetReadDeadline sets the deadline of ReadFromUDPAddrPort.
-func (c *PacketConn) SetReadDeadline(t time.Time) error { return c.setDeadline(&c.gates.read, t) }
+// SetReadDeadline sets the deadline of the reads.
+func (c *PacketConn) SetReadDeadline(t time.Time) error { return c.setDeadline(&c.read, t) }
 
-// SetWriteDeadline sets the deadline of WriteToUDPAddrPort.
-func (c *PacketConn) SetWriteDeadline(t time.Time) error { return c.setDeadline(&c.gates.write, t) }
+// SetWriteDeadline sets the deadline of the writes.
+func (c *PacketConn) SetWriteDeadline(t time.Time) error { return c.setDeadline(&c.write, t) }
 
 func (c *PacketConn) setDeadline(g *gate, t time.Time) error {
 	if c.closed.Load() {
@@ -182,10 +264,16 @@ func (c *PacketConn) setDeadline(g *gate, t time.Time) error {
 // Close closes the socket and fails what waits on it with net.ErrClosed.
 // Close is idempotent.
 func (c *PacketConn) Close() error {
-	if c.closed.CompareAndSwap(false, true) {
-		c.ep.Close()
-		c.gates.close()
+	if !c.closed.CompareAndSwap(false, true) {
+		return nil
 	}
+	c.s.ports.udp.remove(c)
+	c.s.st.UnregisterTransportEndpoint(c.res.Networks, c.res.Transport, c.id(), c, c.res.Flags, 0)
+	c.s.st.ReleasePort(c.res)
+	c.queue.close()
+	c.read.stop()
+	c.write.stop()
+	c.read.wake()
 	return nil
 }
 
@@ -196,3 +284,40 @@ func (c *PacketConn) opError(op string, to netip.AddrPort, err error) error {
 	}
 	return e
 }
+
+// arrived puts a datagram into the queue.
+func (c *PacketConn) arrived(from netip.AddrPort, payload []byte) {
+	first, ok := c.queue.put(from, payload)
+	if !ok {
+		c.s.st.Stats().UDP.ReceiveBufferErrors.Increment()
+		return
+	}
+	if first {
+		c.read.wake()
+	}
+}
+
+// HandlePacket implements stack.TransportEndpoint.
+func (c *PacketConn) HandlePacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) {
+	h := pkt.TransportHeader().Slice()
+	b, ok := pkt.Data().PullUp(pkt.Data().Size())
+	if !ok && pkt.Data().Size() > 0 || len(h) < header.UDPMinimumSize {
+		return
+	}
+	n := int(binary.BigEndian.Uint16(h[4:])) - header.UDPMinimumSize
+	if n < 0 || n > len(b) {
+		c.s.st.Stats().UDP.MalformedPacketsReceived.Increment()
+		return
+	}
+	c.arrived(netip.AddrPortFrom(netipAddr(id.RemoteAddress), id.RemotePort), b[:n])
+}
+
+// HandleError implements stack.TransportEndpoint. An unconnected socket is told
+// nothing, RFC 1122 section 4.1.3.3 notwithstanding, as in Linux.
+func (*PacketConn) HandleError(stack.TransportError, *stack.PacketBuffer) {}
+
+// Abort implements stack.TransportEndpoint.
+func (c *PacketConn) Abort() { _ = c.Close() }
+
+// Wait implements stack.TransportEndpoint.
+func (*PacketConn) Wait() {}

@@ -52,6 +52,8 @@ type ports struct {
 	// wait lets one caller at a time wait for a free port, since looking
 	// through all of them is work.
 	wait chan struct{}
+
+	udp udpSockets // who has the ports of UDP
 }
 
 // SetPortRange is SetPortRanges with a single range.
