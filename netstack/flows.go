@@ -63,9 +63,14 @@ type tcpFlow struct {
 	// rtt is the shortest round trip seen, 0 if none. timing: the acknowledgement
 	// of timedEnd, sent at timedAt, will tell another.
 	rtt      time.Duration
+	lastRTT  time.Duration // the latest
 	timing   bool
 	timedEnd uint32
 	timedAt  int64
+
+	// log is what is in flight, if that is much: see resend.go.
+	log  *sendLog
+	logs logState
 
 	// received is when data came in last, ns.
 	received int64
@@ -147,6 +152,7 @@ func (t *flowTable) forgetLocked(f *tcpFlow) {
 			t.hold.put(l)
 		}
 	}
+	f.dropLog()
 	*f = tcpFlow{}
 }
 
@@ -237,8 +243,14 @@ func (t *flowTable) out(p *stack.PacketBuffer, now int64) (held, strip bool) {
 	if again {
 		f.timing = false // Karn's rule
 		f.hold.sentAgain(f, end)
-	} else if !f.timing {
-		f.timing, f.timedEnd, f.timedAt = true, end, now
+		f.dropLog()
+	} else {
+		if !f.timing {
+			f.timing, f.timedEnd, f.timedAt = true, end, now
+		}
+		if flags&(flagSYN|flagFIN) == 0 {
+			f.logSent(p, seq, end, now)
+		}
 	}
 	if before(f.sent, end) {
 		f.sent = end
@@ -293,12 +305,10 @@ func (t *flowTable) in(p *packet, more int, now int64) (v verdict, strip bool) {
 	}
 	ack := binary.BigEndian.Uint32(tcp[8:])
 	if f.timing && tcp[13]&flagACK != 0 && !before(ack, f.timedEnd) {
-		f.timing = false
-		if d := time.Duration(now - f.timedAt); f.rtt == 0 || d < f.rtt {
-			f.rtt = d
-		}
+		f.timed(now)
 	}
 	if tcp[13]&(flagACK|flagSYN|flagRST) != flagACK {
+		f.dropLog()
 		return pass, false
 	}
 	switch {
@@ -307,17 +317,31 @@ func (t *flowTable) in(p *packet, more int, now int64) (v verdict, strip bool) {
 	case before(f.una, ack) && !before(f.sent, ack):
 		v = t.advancedLocked(f, ack, options, now)
 	case ack == f.una && ack != f.sent && len(tcp) == hl && tcp[13]&^flagECE == flagACK:
+		f.reportedLocked(options, now)
 		if t.duplicateLocked(s, f, p.b, options, now) {
+			t.watchLocked(s, f, now)
 			return held, false
 		}
+	default:
+		f.reportedLocked(options, now)
 	}
+	t.watchLocked(s, f, now)
+	t.rememberLocked(f, p.b, options, ack, len(tcp) == hl)
 	return v, !f.hold.open && hl > header.TCPMinimumSize+12
 }
 
 // advancedLocked notes that the peer has acknowledged more.
 func (t *flowTable) advancedLocked(f *tcpFlow, ack uint32, options []byte, now int64) verdict {
 	restart := t.resolvedLocked(f, ack, options, now)
+	if g := f.log; g != nil {
+		if ack == f.sent {
+			f.dropLog()
+		} else {
+			g.acked(int(ack-f.una), ack, int(f.sent-ack))
+		}
+	}
 	f.una = ack
+	f.reportedLocked(options, now)
 	if f.first != nil && !before(ack, f.firstEnd) {
 		f.first = nil
 	}
@@ -325,6 +349,15 @@ func (t *flowTable) advancedLocked(f *tcpFlow, ack uint32, options []byte, now i
 		return passRestart
 	}
 	return pass
+}
+
+// timed notes that the timed data has arrived.
+func (f *tcpFlow) timed(now int64) {
+	f.timing = false
+	f.lastRTT = time.Duration(now - f.timedAt)
+	if f.rtt == 0 || f.lastRTT < f.rtt {
+		f.rtt = f.lastRTT
+	}
 }
 
 // timestamps returns TSval and TSecr of the options of a TCP segment (RFC 7323

@@ -20,7 +20,9 @@ import (
 //	duplicateLocked  a pure duplicate with SACK is kept, the window starts
 //	resolvedLocked   the acknowledgement moves on: the kept ones are dropped, and
 //	                 it is learned how late the segment was
-//	release          the window is over: the kept ones go to gVisor, and from
+//	mend             the window is over: the device sends again what is missing,
+//	                 if it is little (resend.go)
+//	release          otherwise the kept ones go to gVisor, and from
 //	                 now on, until all that was in flight then is acknowledged,
 //	                 duplicates pass, since recovery lives on them
 //
@@ -79,13 +81,12 @@ type holdState struct {
 	again    bool
 	againEnd uint32
 	againTS  uint32
-	tsKnown  bool
 }
 
 // sentAgain notes a retransmission that ends before end. f has its timestamp.
 func (h *holdState) sentAgain(f *tcpFlow, end uint32) {
 	if !h.again {
-		h.again, h.againEnd, h.againTS, h.tsKnown = true, end, f.tsVal, f.ts
+		h.again, h.againEnd, h.againTS = true, end, f.tsVal
 	} else if before(h.againEnd, end) {
 		h.againEnd = end
 	}
@@ -275,7 +276,7 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 	}
 	if h.acks == nil {
 		if h.acks = t.hold.get(s, &f.key, false, now, now+int64(path.window(now, f.rtt))); h.acks == nil {
-			h.openUntil(f.sent)
+			f.openUntil(f.sent)
 			return false
 		}
 	}
@@ -284,7 +285,11 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 	return true
 }
 
-func (h *holdState) openUntil(sent uint32) { h.open, h.recover, h.judge = true, sent, true }
+// openUntil lets gVisor recover.
+func (f *tcpFlow) openUntil(sent uint32) {
+	f.hold.open, f.hold.recover, f.hold.judge = true, sent, true
+	f.dropLog()
+}
 
 // resolvedLocked looks at an acknowledgement that moves on. It reports whether
 // the connection has just come out of a recovery that was for nothing.
@@ -294,14 +299,18 @@ func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now i
 		h.restart, restart = false, true
 	}
 	if h.since != 0 {
-		late := !h.again || !before(f.una, h.againEnd)
-		if !late && h.tsKnown {
+		since, again, ts := h.since, h.again && before(f.una, h.againEnd), h.againTS
+		if g := f.log; g != nil && len(g.holes) > 0 && g.holes[0].start == f.una {
+			since, again, ts = g.holes[0].seen, g.holes[0].again != 0, g.holes[0].ts
+		}
+		late := !again
+		if again && f.ts {
 			_, echo, ok := timestamps(options)
-			late = ok && before(echo, h.againTS)
+			late = ok && before(echo, ts)
 		}
 		if late {
 			path, _ := t.path(f)
-			path.late(time.Duration(now-h.since), now)
+			path.late(time.Duration(now-since), now)
 		}
 		if h.judge {
 			h.judge, h.spurious = false, late
@@ -365,7 +374,19 @@ func (s *Stack) releaseHeld() {
 	defer s.handlers.Done()
 	t := &s.dev.flows
 	var due [16]dueHold
+	var again []repeat
 	for _, d := range t.hold.due(t.now(), due[:0]) {
+		var ok bool
+		if again, ok = t.mend(d, again[:0]); ok {
+			if len(again) > 0 {
+				b := s.dev.batch()
+				for i := range again {
+					b.repeat(&again[i])
+				}
+				b.done()
+			}
+			continue
+		}
 		l := t.release(d)
 		if l == nil {
 			continue
@@ -409,7 +430,7 @@ func (t *flowTable) release(d dueHold) *heldList {
 	if d.ours {
 		f.mute.openUntil(f.high)
 	} else {
-		f.hold.openUntil(f.sent)
+		f.openUntil(f.sent)
 	}
 	t.hold.remove(l)
 	t.counters.heldReleased.Add(uint64(l.n))

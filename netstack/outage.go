@@ -100,7 +100,10 @@ func (s *Stack) restart(ep tcpip.Endpoint) bool {
 	if err := ep.GetSockOpt(&info); err != nil || info.CcState == tcpip.FastRecovery || info.CcState == tcpip.SACKRecovery {
 		return false
 	}
-	cc := congestionControl
+	var cc tcpip.CongestionControlOption // the same one, as new
+	if err := ep.GetSockOpt(&cc); err != nil {
+		return false
+	}
 	if err := ep.SetSockOpt(&cc); err != nil {
 		return false
 	}
@@ -129,5 +132,3 @@ func (s *Stack) restartFlow(k *flowKey) {
 		s.restart(ep)
 	}
 }
-
-var congestionControl tcpip.CongestionControlOption = "cubic"

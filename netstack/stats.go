@@ -18,6 +18,7 @@ type Stats struct {
 	AcksHeld     uint64 // duplicate acknowledgements held back in case it was only reordering
 	AcksDropped  uint64 // of those, dropped because it was
 	AcksReleased uint64 // of those, handed over when their time was up
+	LossesMended uint64 // stretches of data sent again without the stack's knowledge
 
 	PortsUsedUp uint64 // dials and sockets that found no port, each attempt counted
 
@@ -41,7 +42,7 @@ type counters struct {
 	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
 	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
 	forwardFull                                                            atomic.Uint64
-	heldAcks, heldDropped, heldReleased                                    atomic.Uint64
+	heldAcks, heldDropped, heldReleased, mended                            atomic.Uint64
 	gapResent, gapNudged                                                   atomic.Uint64
 }
 
@@ -64,6 +65,7 @@ func (s *Stack) Stats() Stats {
 		AcksHeld:        c.heldAcks.Load(),
 		AcksDropped:     c.heldDropped.Load(),
 		AcksReleased:    c.heldReleased.Load(),
+		LossesMended:    c.mended.Load(),
 		PortsUsedUp:     s.ports.usedUp.Load(),
 		GapResent:       c.gapResent.Load(),
 		GapNudged:       c.gapNudged.Load(),

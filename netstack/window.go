@@ -25,8 +25,8 @@ import (
 const (
 	// receiveBudget is the sum of the busy connections' receive buffers, of which
 	// the peers see half as windows, and sendBudget that of their send buffers.
-	// Eight connections down still have bufferMax each, and eight up 24 MiB under
-	// way, which is 400 MB/s at 60 ms.
+	// Two connections down still have bufferMax each, eight 4 MiB, and eight up
+	// have 24 MiB under way, which is 400 MB/s at 60 ms.
 	receiveBudget, sendBudget = 32 << 20, 24 << 20
 
 	// No connection's share is smaller: a window has room for a super-segment.

@@ -37,7 +37,7 @@ func TestBudget(t *testing.T) {
 	move(users[:1], mib)
 	want("one", bufferMax, bufferMax)
 	move(users[:8], mib)
-	want("eight", bufferMax*7/8, bufferMax)
+	want("eight", 4*mib*7/8, 5*mib)
 	move(users[:64], mib)
 	want("64", 512<<10, 680<<10)
 	clock.Advance(budgetTurn)
