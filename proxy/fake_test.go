@@ -31,7 +31,8 @@ type network struct {
 	look  func(ctx context.Context, name string) error // before each look-up
 
 	listenErr error
-	asked     []string // every address and name the proxy wanted
+	asked     []string                         // every address and name the proxy wanted
+	packets   func() (proxy.PacketConn, error) // nil: a socket of package net
 }
 
 func newNetwork() *network {
@@ -78,6 +79,9 @@ func (n *network) DialContext(ctx context.Context, nw, address string) (net.Conn
 }
 
 func (n *network) ListenPacket(context.Context) (proxy.PacketConn, error) {
+	if n.packets != nil {
+		return n.packets()
+	}
 	return net.ListenUDP("udp", nil)
 }
 

@@ -30,11 +30,24 @@ type Network interface {
 }
 
 // PacketConn is a UDP socket; *net.UDPConn is one. If it also has the method WaitReadable() error, no buffer is held
-// while nothing arrives.
+// while nothing arrives. If it is a BatchConn, only what that has is used.
 type PacketConn interface {
 	ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
 	WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error)
 	LocalAddr() net.Addr
 	SetReadDeadline(t time.Time) error
+	Close() error
+}
+
+// BatchConn is a UDP socket that moves many datagrams at once.
+type BatchConn interface {
+	// ReadBatch waits for datagrams and returns some that have come, in order, with their senders: each with room bytes
+	// before it, at most 32. They are the caller's, to be changed as well, until the next call. One goroutine at a time
+	// calls it. Any error is final.
+	ReadBatch(room int) (datagrams [][]byte, from []netip.AddrPort, err error)
+	// WriteBatch sends datagrams in order. It ends at the first that can't be sent and returns how many went before it,
+	// and why this one didn't. It may be called concurrently.
+	WriteBatch(datagrams [][]byte, to []netip.AddrPort) (int, error)
+	LocalAddr() net.Addr
 	Close() error
 }

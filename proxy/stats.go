@@ -68,14 +68,14 @@ func (c *Counters) Request(k Kind) { c.requests[k].Add(1) }
 // Failure counts a failed request or handshake.
 func (c *Counters) Failure(r Reason) { c.failures[r].Add(1) }
 
-// Drop counts a dropped datagram.
-func (c *Counters) Drop(d Drop) { c.drops[d].Add(1) }
+// Drop counts dropped datagrams.
+func (c *Counters) Drop(d Drop, n int) { c.drops[d].Add(uint64(n)) }
 
-// DatagramOut counts a datagram sent to the network for an application.
-func (c *Counters) DatagramOut() { c.datagramsOut.Add(1) }
+// DatagramsOut counts datagrams sent to the network for an application.
+func (c *Counters) DatagramsOut(n int) { c.datagramsOut.Add(uint64(n)) }
 
-// DatagramIn counts a datagram given to an application.
-func (c *Counters) DatagramIn() { c.datagramsIn.Add(1) }
+// DatagramsIn counts datagrams given to an application.
+func (c *Counters) DatagramsIn(n int) { c.datagramsIn.Add(uint64(n)) }
 
 // BindStranger counts a connection to a BIND listener from an address other than the declared one.
 func (c *Counters) BindStranger() { c.bindStrangers.Add(1) }

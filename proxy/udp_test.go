@@ -2,6 +2,7 @@ package proxy_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -14,7 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/anytun-go/anytun/anytun/udp"
 	"github.com/anytun-go/anytun/proxy"
+	"github.com/anytun-go/anytun/proxy/socks5"
 )
 
 // association is an application's side of a UDP association.
@@ -92,6 +95,49 @@ func (a *association) want(parts ...any) {
 	}
 }
 
+// bothKinds runs a test with sockets that move one datagram at a time, and with such that move many.
+func bothKinds(t *testing.T, test func(*testing.T, func(*options))) {
+	t.Run("singly", func(t *testing.T) { test(t, func(*options) {}) })
+	t.Run("batches", func(t *testing.T) {
+		test(t, func(o *options) {
+			o.socks.ListenUDP = func(at netip.AddrPort) (socks5.AppConn, error) {
+				return udp.ListenSocket(at, udp.Options{ShareBuffers: true})
+			}
+			o.net.packets = func() (proxy.PacketConn, error) {
+				s, err := udp.ListenSocket(netip.AddrPort{}, udp.Options{})
+				return &batchConn{s: s}, err
+			}
+		})
+	})
+}
+
+// batchConn is a proxy.PacketConn of which only the batches are to be used.
+type batchConn struct {
+	proxy.PacketConn
+	s *udp.Socket
+}
+
+func (c *batchConn) ReadBatch(room int) (datagrams [][]byte, from []netip.AddrPort, err error) {
+	list, sender, err := c.s.ReadBatch()
+	for _, b := range list {
+		datagrams = append(datagrams, append(make([]byte, room), b...))
+		from = append(from, sender)
+	}
+	return datagrams, from, err
+}
+
+func (c *batchConn) WriteBatch(datagrams [][]byte, to []netip.AddrPort) (int, error) {
+	for i := range datagrams {
+		if n, err := c.s.WriteBatch(datagrams[i:i+1], to[i]); n == 0 {
+			return i, cmp.Or(err, error(syscall.EINVAL))
+		}
+	}
+	return len(datagrams), nil
+}
+
+func (c *batchConn) LocalAddr() net.Addr { return c.s.LocalAddr() }
+func (c *batchConn) Close() error        { return c.s.Close() }
+
 // udpEcho answers each datagram; other answers the same from another port.
 func udpEcho(t *testing.T, address string, other *net.UDPConn) *net.UDPAddr {
 	t.Helper()
@@ -118,7 +164,9 @@ func udpEcho(t *testing.T, address string, other *net.UDPConn) *net.UDPAddr {
 	return c.LocalAddr().(*net.UDPAddr)
 }
 
-func TestAssociate(t *testing.T) {
+func TestAssociate(t *testing.T) { bothKinds(t, testAssociate) }
+
+func testAssociate(t *testing.T, kind func(*options)) {
 	four := udpEcho(t, "127.0.0.1:0", nil)
 	six := udpEcho(t, "[::1]:0", nil)
 	one := netip.MustParseAddr("::1").As16()
@@ -142,7 +190,7 @@ func TestAssociate(t *testing.T) {
 			}
 			t.Run(tt.name+" over "+listen, func(t *testing.T) {
 				listenUDP(t, listen)
-				g := start(t, func(o *options) { o.listen = listen })
+				g := start(t, kind, func(o *options) { o.listen = listen })
 				a := g.associate(t, 0)
 				for range 3 {
 					a.send(tt.send)
@@ -159,8 +207,10 @@ func TestAssociate(t *testing.T) {
 }
 
 // TestAssociateEndpointIndependent sends to two servers from one port, and gets replies from a port never asked.
-func TestAssociateEndpointIndependent(t *testing.T) {
-	g := start(t)
+func TestAssociateEndpointIndependent(t *testing.T) { bothKinds(t, testAssociateEndpointIndependent) }
+
+func testAssociateEndpointIndependent(t *testing.T, kind func(*options)) {
+	g := start(t, kind)
 	other := listenUDP(t, "127.0.0.1:0")
 	first := udpEcho(t, "127.0.0.1:0", other)
 	otherPort := other.LocalAddr().(*net.UDPAddr).Port
@@ -183,8 +233,10 @@ func TestAssociateEndpointIndependent(t *testing.T) {
 	a.want(0, 0, 0, 1, 127, 0, 0, 1, sport(third.LocalAddr().(*net.UDPAddr).Port), "unasked")
 }
 
-func TestAssociateDrops(t *testing.T) {
-	g := start(t)
+func TestAssociateDrops(t *testing.T) { bothKinds(t, testAssociateDrops) }
+
+func testAssociateDrops(t *testing.T, kind func(*options)) {
+	g := start(t, kind)
 	to := udpEcho(t, "127.0.0.1:0", nil)
 	ok := join(0, 0, 0, 1, 127, 0, 0, 1, sport(to.Port), "hi")
 	drops := func(name string) func() uint64 { return func() uint64 { return g.Stats().Drops[name] } }
@@ -236,9 +288,11 @@ func TestAssociateDrops(t *testing.T) {
 	a.want(ok)
 }
 
-func TestAssociateEnds(t *testing.T) {
+func TestAssociateEnds(t *testing.T) { bothKinds(t, testAssociateEnds) }
+
+func testAssociateEnds(t *testing.T, kind func(*options)) {
 	t.Run("with its connection", func(t *testing.T) {
-		g := start(t)
+		g := start(t, kind)
 		a := g.associate(t, 0)
 		a.tcp.send("what is said here is ignored")
 		a.tcp.Close()
@@ -250,13 +304,13 @@ func TestAssociateEnds(t *testing.T) {
 		}
 	})
 	t.Run("idle", func(t *testing.T) {
-		g := start(t, func(o *options) { o.socks.UDPIdleTimeout = 50 * time.Millisecond })
+		g := start(t, kind, func(o *options) { o.socks.UDPIdleTimeout = 50 * time.Millisecond })
 		a := g.associate(t, 0)
 		a.tcp.wantEnd()
 		counted(t, "idle associations", func() uint64 { return g.Stats().IdleAssociations }, 1)
 	})
 	t.Run("too many", func(t *testing.T) {
-		g := start(t, func(o *options) { o.socks.MaxAssociations = 1 })
+		g := start(t, kind, func(o *options) { o.socks.MaxAssociations = 1 })
 		a := g.associate(t, 0)
 		c := g.client(t)
 		c.greet()
@@ -270,9 +324,11 @@ func TestAssociateEnds(t *testing.T) {
 }
 
 // TestAssociateSlowName has a name server that does not answer; other datagrams go on.
-func TestAssociateSlowName(t *testing.T) {
+func TestAssociateSlowName(t *testing.T) { bothKinds(t, testAssociateSlowName) }
+
+func testAssociateSlowName(t *testing.T, kind func(*options)) {
 	answer := make(chan struct{})
-	g := start(t, func(o *options) {
+	g := start(t, kind, func(o *options) {
 		o.net.hosts["slow.test"] = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
 		o.net.look = func(ctx context.Context, name string) error {
 			if name != "four.test" {
@@ -419,4 +475,61 @@ func TestBind(t *testing.T) {
 			c.wantEnd()
 		})
 	}
+}
+
+// TestAssociateBatch sends many datagrams in one message, so that they come as a batch: some by address, some by a name
+// that is known, some that are dropped. Their order is kept.
+func TestAssociateBatch(t *testing.T) { bothKinds(t, testAssociateBatch) }
+
+func testAssociateBatch(t *testing.T, kind func(*options)) {
+	g := start(t, kind)
+	to := udpEcho(t, "127.0.0.1:0", nil)
+	sender, err := udp.ListenSocket(netip.MustParseAddrPort("127.0.0.1:0"), udp.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sender.Close()
+	a := g.associate(t, sender.LocalAddr().(*net.UDPAddr).Port)
+	question := join(0, 0, 0, sname("four.test"), sport(to.Port), "the name is known from now on")
+	if _, err := sender.WriteBatch([][]byte{question}, a.relay); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := sender.ReadBatch(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		var list [][]byte
+		for i := range 30 {
+			name := join(0, 0, 0, sname("four.test"), sport(to.Port), i)
+			switch i % 3 {
+			case 0:
+				list = append(list, name)
+			case 1: // as long as the others, so that one message takes all
+				list = append(list, join(0, 0, 0, 1, 127, 0, 0, 1, sport(to.Port), i, bytes.Repeat([]byte("."), len(name)-11)))
+			case 2:
+				list = append(list, bytes.Repeat([]byte{0, 0, 1}, len(name))[:len(name)])
+			}
+		}
+		if n, err := sender.WriteBatch(list, a.relay); n != len(list) || err != nil {
+			t.Fatal(n, err)
+		}
+		var got []byte
+		for len(got) < 20 {
+			list, from, err := sender.ReadBatch()
+			if err != nil || from != a.relay {
+				t.Fatal(from, err)
+			}
+			for _, d := range list {
+				got = append(got, d[10])
+			}
+		}
+		for i, n := range got {
+			if want := byte(i/2*3 + i%2); n != want {
+				t.Fatalf("datagram %d is number %d, want %d", i, n, want)
+			}
+		}
+	}
+	counted(t, "datagrams out", func() uint64 { return g.Stats().DatagramsOut }, 61)
+	counted(t, "datagrams in", func() uint64 { return g.Stats().DatagramsIn }, 61)
+	counted(t, "fragment", func() uint64 { return g.Stats().Drops["fragment"] }, 30)
 }

@@ -3,47 +3,35 @@ package socks5
 // The road of datagrams, one association being one socket towards the application (a.app) and one in the network
 // (a.net), which makes the mapping endpoint-independent:
 //
-//	application → clientLoop: who sent it? → parseHeader → an address: a.net.WriteTo
-//	                                                     → a name: names.go, then a.net.WriteTo
-//	network     → networkLoop: reads behind room for a header → appendHeader → a.app.WriteTo
+//	application → clientLoop: who sent them? → parseHeader → an address, or a name that is known: a.net.WriteBatch
+//	                                                       → a name: names.go, then a.net.WriteBatch
+//	network     → networkLoop: reads behind room for a header → appendHeader → a.app.WriteBatch
 //
-// Each loop is one goroutine; the handler's own one waits for the end of the TCP connection. A loop holds a buffer
-// only while datagrams keep coming. Drops happen in the loops and are counted where they happen; nothing is queued but
-// what waits for a name.
+// Each loop is one goroutine; the handler's own one waits for the end of the TCP connection. A loop takes what there is
+// at once and holds a buffer only while datagrams keep coming; for sockets that know no batches see singly.go. Drops
+// happen in the loops and are counted where they happen; nothing is queued but what waits for a name.
 
 import (
 	"context"
 	"errors"
-	"net"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"github.com/anytun-go/anytun/proxy"
 )
 
 const (
-	// datagramBytes is the largest UDP payload there is (65,507 over IPv4, 65,527 over IPv6 without jumbograms).
-	datagramBytes = 65527
-	// busyTime is how long a loop keeps its buffer after the last datagram.
-	busyTime = time.Second
-	// maxReadErrors in a row end a loop: a socket that only fails would spin.
-	maxReadErrors = 100
-	// appSocketBytes is asked for as the buffers of the socket towards the application; the kernel gives what it allows.
-	appSocketBytes = 1 << 20
+	// datagramBytes is the largest UDP payload there is, over IPv6 without jumbograms; datagramBytes4 over IPv4.
+	datagramBytes, datagramBytes4 = 65527, 65507
 )
-
-// datagram is a buffer of a loop: room for our header in front of the largest payload.
-type datagram [maxHeaderBytes + datagramBytes]byte
 
 type association struct {
 	h     *Handler
 	count *proxy.Counters
-	app   *net.UDPConn     // towards the application
-	net   proxy.PacketConn // in the network
+	app   AppConn         // towards the application
+	net   proxy.BatchConn // in the network
 	names *names
 
 	owner netip.Addr                     // who may use it
@@ -98,19 +86,20 @@ func (h *Handler) open(
 	ctx context.Context, s *proxy.Server, c *proxy.Conn, declared netip.AddrPort,
 ) (*association, error) {
 	// The application reached us at this address, so its datagrams will too.
-	app, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(c.LocalIP(), 0)))
+	app, err := h.cfg.ListenUDP(netip.AddrPortFrom(c.LocalIP(), 0))
 	if err != nil {
 		return nil, err
 	}
-	// More room for bursts, where the kernel gives it; without it there are more drops.
-	_ = app.SetReadBuffer(appSocketBytes)
-	_ = app.SetWriteBuffer(appSocketBytes)
 	pc, err := s.Network().ListenPacket(ctx)
 	if err != nil {
 		app.Close()
 		return nil, err
 	}
-	a := &association{h: h, count: s.Counters(), app: app, net: pc, owner: c.RemoteIP()}
+	many, ok := pc.(proxy.BatchConn)
+	if !ok {
+		many = &singly{conn: pc}
+	}
+	a := &association{h: h, count: s.Counters(), app: app, net: many, owner: c.RemoteIP()}
 	if declared.Port() != 0 {
 		// A zone, which the reply to a link-local address needs, comes with the first datagram.
 		from := netip.AddrPortFrom(a.owner, declared.Port())
@@ -120,56 +109,108 @@ func (h *Handler) open(
 	return a, nil
 }
 
+// outgoing are payloads on their way to the network.
+type outgoing struct {
+	payloads [][]byte
+	to       []netip.AddrPort
+}
+
+func (o *outgoing) add(payload []byte, to netip.AddrPort) {
+	o.payloads, o.to = append(o.payloads, payload), append(o.to, to)
+}
+
 // clientLoop carries datagrams from the application to the network.
 func (a *association) clientLoop(c *proxy.Conn) {
 	defer c.Close() // the association is of no use without it
-	readLoop(a.h, a.app, 0, func(b []byte, from netip.AddrPort) {
-		if !a.allowed(from) {
-			a.count.Drop(proxy.DropStranger)
+	for {
+		datagrams, from, err := a.app.ReadBatch()
+		if err != nil {
 			return
 		}
-		a.moved.Add(1)
-		h, payload, why, ok := parseHeader(b)
-		switch {
-		case !ok:
-			a.count.Drop(why)
-		case h.addr.IsValid():
-			a.send(payload, netip.AddrPortFrom(h.addr, h.port))
-		default:
-			a.names.sendTo(h.name, h.port, payload)
+		if !a.allowed(from) {
+			a.count.Drop(proxy.DropStranger, len(datagrams))
+			continue
 		}
-	})
+		a.moved.Add(uint64(len(datagrams)))
+		out := a.h.outgoing.Get().(*outgoing)
+		for _, b := range datagrams {
+			a.sort(out, b)
+		}
+		a.sendAll(out)
+		clear(out.payloads)
+		out.payloads, out.to = out.payloads[:0], out.to[:0]
+		a.h.outgoing.Put(out)
+	}
+}
+
+// sort appends what a datagram of the application holds to out, unless it has to wait or can't be sent.
+func (a *association) sort(out *outgoing, b []byte) {
+	h, payload, why, ok := parseHeader(b)
+	if ok && !h.addr.IsValid() {
+		h.addr, why, ok = a.names.find(h.name, h.port, payload)
+	}
+	switch {
+	case !ok:
+		a.count.Drop(why, 1)
+	case h.addr.IsValid():
+		out.add(payload, netip.AddrPortFrom(h.addr, h.port))
+	}
 }
 
 // networkLoop carries datagrams from the network to the application, whoever sent them.
 func (a *association) networkLoop(c *proxy.Conn) {
 	defer c.Close()
-	readLoop(a.h, a.net, maxHeaderBytes, func(b []byte, from netip.AddrPort) {
+	for {
+		datagrams, from, err := a.net.ReadBatch(maxHeaderBytes)
+		if err != nil {
+			return
+		}
 		to := a.from.Load()
 		if to == nil {
-			a.count.Drop(proxy.DropNoClient)
-			return
+			a.count.Drop(proxy.DropNoClient, len(datagrams))
+			continue
 		}
-		a.moved.Add(1)
-		from = netip.AddrPortFrom(from.Addr().Unmap().WithZone(""), from.Port())
-		// The header goes right before the payload, so the payload needn't move.
-		b = b[maxHeaderBytes-headerBytes(from.Addr()):]
-		appendHeader(b[:0], from)
-		if _, err := a.app.WriteToUDPAddrPort(b, *to); err != nil {
-			a.count.Drop(dropOf(err))
-			return
+		a.moved.Add(uint64(len(datagrams)))
+		limit := datagramBytes
+		if to.Addr().Unmap().Is4() {
+			limit = datagramBytes4
 		}
-		a.count.DatagramIn()
-	})
+		fit := datagrams[:0]
+		for i, b := range datagrams {
+			from := netip.AddrPortFrom(from[i].Addr().Unmap().WithZone(""), from[i].Port())
+			// The header goes right before the payload, so the payload needn't move.
+			b = b[maxHeaderBytes-headerBytes(from.Addr()):]
+			if len(b) <= limit {
+				appendHeader(b[:0], from)
+				fit = append(fit, b)
+			}
+		}
+		if n := len(datagrams) - len(fit); n > 0 {
+			a.count.Drop(proxy.DropTooBig, n)
+		}
+		sent, err := a.app.WriteBatch(fit, *to)
+		a.count.DatagramsIn(sent)
+		if lost := len(fit) - sent; lost > 0 {
+			a.count.Drop(dropOf(err), lost)
+		}
+	}
 }
 
 // send gives a payload to the network. Safe for concurrent use.
 func (a *association) send(payload []byte, to netip.AddrPort) {
-	if _, err := a.net.WriteToUDPAddrPort(payload, to); err != nil {
-		a.count.Drop(dropOf(err))
-		return
+	a.sendAll(&outgoing{[][]byte{payload}, []netip.AddrPort{to}})
+}
+
+// sendAll gives payloads to the network. Safe for concurrent use.
+func (a *association) sendAll(out *outgoing) {
+	for done := 0; done < len(out.payloads); {
+		n, err := a.net.WriteBatch(out.payloads[done:], out.to[done:])
+		a.count.DatagramsOut(n)
+		if done += n; err != nil {
+			a.count.Drop(dropOf(err), 1)
+			done++
+		}
 	}
-	a.count.DatagramOut()
 }
 
 func dropOf(err error) proxy.Drop {
@@ -193,55 +234,4 @@ func (a *association) allowed(from netip.AddrPort) bool {
 	// The address as the socket reports it (IPv4-mapped, with a zone) is the one to answer.
 	a.from.Store(&from)
 	return true
-}
-
-// reader is what readLoop needs of both sockets.
-type reader interface {
-	ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
-	SetReadDeadline(t time.Time) error
-}
-
-// readLoop gives handle every datagram until conn is closed: a slice whose first room bytes are free. The buffer goes
-// back to the pool when nothing has come for a while.
-func readLoop(h *Handler, conn reader, room int, handle func(b []byte, from netip.AddrPort)) {
-	for {
-		if conn.SetReadDeadline(time.Time{}) != nil || proxy.WaitReadable(conn) != nil {
-			return
-		}
-		buf := h.datagrams.Get().(*datagram)
-		again := readBusy(conn, buf[:], room, handle)
-		h.datagrams.Put(buf)
-		if !again {
-			return
-		}
-	}
-}
-
-// readBusy reads until nothing has come for busyTime (true), or no more can be read (false). The deadline is moved once
-// per busyTime, not per datagram.
-func readBusy(conn reader, buf []byte, room int, handle func(b []byte, from netip.AddrPort)) bool {
-	if conn.SetReadDeadline(time.Now().Add(busyTime)) != nil {
-		return false
-	}
-	for some, failures := false, 0; ; {
-		n, from, err := conn.ReadFromUDPAddrPort(buf[room:])
-		switch {
-		case err == nil:
-			some, failures = true, 0
-			handle(buf[:room+n], from)
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			if !some {
-				return true
-			}
-			some = false
-			if conn.SetReadDeadline(time.Now().Add(busyTime)) != nil {
-				return false
-			}
-		default:
-			// An earlier datagram's ICMP error may turn up here; it is not the socket's end.
-			if failures++; errors.Is(err, net.ErrClosed) || failures > maxReadErrors {
-				return false
-			}
-		}
-	}
 }

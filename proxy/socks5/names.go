@@ -23,8 +23,8 @@ const (
 // need no look-up.
 type names struct {
 	s    *proxy.Server
-	send func(payload []byte, to netip.AddrPort)
-	ctx  context.Context // ends the look-ups; set by start before the loops run
+	send func(payload []byte, to netip.AddrPort) // one that has waited
+	ctx  context.Context                         // ends the look-ups; set by start before the loops run
 	done sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows; not held while sending
@@ -53,18 +53,8 @@ func (n *names) start(ctx context.Context) { n.ctx = ctx }
 // wait returns when no look-up is under way. There must be no send any more.
 func (n *names) wait() { n.done.Wait() }
 
-// sendTo gives the payload to the network once the name is known; the payload is copied if it has to wait.
-func (n *names) sendTo(name []byte, port uint16, payload []byte) {
-	addr, drop, ok := n.find(name, port, payload)
-	switch {
-	case !ok:
-		n.s.Counters().Drop(drop)
-	case addr.IsValid():
-		n.send(payload, netip.AddrPortFrom(addr, port))
-	}
-}
-
-// find returns the address, or none when the datagram now waits; ok is false for one to be dropped.
+// find returns the address of a name, or none when a copy of the datagram now waits for it; ok is false for one to be
+// dropped.
 func (n *names) find(name []byte, port uint16, payload []byte) (addr netip.Addr, drop proxy.Drop, ok bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -144,7 +134,7 @@ func (n *names) lookup(name string, e *nameEntry) {
 
 	for _, d := range waiting {
 		if err != nil {
-			n.s.Counters().Drop(proxy.DropName)
+			n.s.Counters().Drop(proxy.DropName, 1)
 			continue
 		}
 		n.send(d.payload, netip.AddrPortFrom(addr, d.port))

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -43,13 +44,27 @@ type Config struct {
 	BindTimeout time.Duration
 	// MaxAssociations bounds the open UDP associations (default 1024); one more gets the reply 0x01.
 	MaxAssociations int
+	// ListenUDP opens an association's socket towards the application; nil: one of package net, which moves one
+	// datagram at a time. Port 0 takes any port.
+	ListenUDP func(at netip.AddrPort) (AppConn, error)
+}
+
+// AppConn is a UDP socket towards an application.
+type AppConn interface {
+	// ReadBatch waits for datagrams and returns some of one sender, in order. They are the caller's, to be changed as
+	// well, until the next call. One goroutine at a time calls it. Any error is final.
+	ReadBatch() (datagrams [][]byte, from netip.AddrPort, err error)
+	// WriteBatch sends datagrams to one receiver, in order, and returns how many could be sent.
+	WriteBatch(datagrams [][]byte, to netip.AddrPort) (sent int, err error)
+	LocalAddr() net.Addr
+	Close() error
 }
 
 // Handler is a proxy.Handler. Safe for concurrent use.
 type Handler struct {
 	cfg          Config
 	associations chan struct{} // a slot each
-	datagrams    sync.Pool
+	outgoing     sync.Pool     // of *outgoing
 }
 
 // New returns a handler for proxy.Config.SOCKS.
@@ -59,10 +74,13 @@ func New(cfg Config) *Handler {
 	if cfg.MaxAssociations <= 0 {
 		cfg.MaxAssociations = DefaultMaxAssociations
 	}
+	if cfg.ListenUDP == nil {
+		cfg.ListenUDP = listenSingly
+	}
 	return &Handler{
 		cfg:          cfg,
 		associations: make(chan struct{}, cfg.MaxAssociations),
-		datagrams:    sync.Pool{New: func() any { return new(datagram) }},
+		outgoing:     sync.Pool{New: func() any { return new(outgoing) }},
 	}
 }
 

@@ -130,7 +130,11 @@ func start(t *testing.T) *gateway {
 		t.Fatal(err)
 	}
 	resolver := stack.Resolver([]netip.AddrPort{netip.AddrPortFrom(s.Gateways[0], 53)})
-	p, err := proxy.New(proxy.Config{Network: world{&netstack.Dialer{Stack: stack, Resolver: resolver}}, SOCKS: socks5.New(socks5.Config{})})
+	p, err := proxy.New(proxy.Config{Network: world{&netstack.Dialer{Stack: stack, Resolver: resolver}}, SOCKS: socks5.New(socks5.Config{
+		ListenUDP: func(at netip.AddrPort) (socks5.AppConn, error) {
+			return udp.ListenSocket(at, udp.Options{ShareBuffers: true})
+		},
+	})})
 	if err != nil {
 		t.Fatal(err)
 	}
