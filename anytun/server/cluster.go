@@ -138,9 +138,9 @@ func (s *Server) gossip(now time.Time) {
 			list = list[:0]
 		}
 	}
-	s.table.each(func(p *peer) {
+	for p := range s.table.all {
 		if p.heard.Load() < since {
-			return
+			continue
 		}
 		p.mu.Lock()
 		top := p.top
@@ -148,7 +148,7 @@ func (s *Server) gossip(now time.Time) {
 		if list = append(list, registry.Seen{Client: p.number, Counter: top}); len(list) == seenBatch {
 			flush()
 		}
-	})
+	}
 	flush()
 }
 
@@ -198,7 +198,7 @@ func (n *news) Seen(list []registry.Seen) {
 // Snapshot implements registry.Handler.
 func (n *news) Snapshot(yield func(registry.Location) bool) {
 	s := n.server()
-	for _, p := range s.table.all() {
+	for p := range s.table.all {
 		p.mu.Lock()
 		l := p.locationLocked()
 		p.mu.Unlock()

@@ -14,6 +14,6 @@
 // Egress is one of: sockets*.go, where the server's own netstack ends inner
 // connections and the host's sockets carry them on.
 //
-// Locks, in this order: table.mu, association.mu, peer.mu. None is held while
-// sending.
+// Locks, in this order: sessionShard.mu, association.mu, peer.mu. None is held
+// while sending.
 package server

@@ -194,6 +194,39 @@ func BenchmarkMillionInward(b *testing.B) {
 	runtime.KeepAlive(locations)
 }
 
+// BenchmarkMillionSweep is what is done every few seconds with a million clients, and
+// how long new clients are kept waiting meanwhile, at worst.
+func BenchmarkMillionSweep(b *testing.B) {
+	s, locations := scaleServer(b, scaleClients, scaleClients)
+	for _, l := range locations {
+		(*news)(s).Location(l)
+	}
+	stop, ended := make(chan struct{}), make(chan time.Duration)
+	go func() {
+		var worst time.Duration
+		for n := uint32(scaleClients + 1); ; n++ {
+			start := time.Now()
+			s.table.peer(n)
+			worst = max(worst, time.Since(start))
+			select {
+			case <-stop:
+				ended <- worst
+				return
+			default:
+				time.Sleep(time.Millisecond)
+			}
+		}
+	}()
+	for b.Loop() {
+		now := time.Now()
+		s.sweep(now)
+		s.gossip(now)
+	}
+	close(stop)
+	b.ReportMetric(float64((<-ended).Microseconds())/1000, "ms-waited")
+	runtime.KeepAlive(locations)
+}
+
 // BenchmarkMillionEnrolled is the memory and the time for the list of clients.
 func BenchmarkMillionEnrolled(b *testing.B) {
 	list := make([]Enrolment, scaleClients)

@@ -311,14 +311,14 @@ func (s *Server) sweep(now time.Time) {
 	// A client that nobody hears any more is gone: its peers' packets would only
 	// wake somebody else's NAT.
 	since, ok := s.silentSince(now)
-	s.table.each(func(p *peer) {
+	for p := range s.table.all {
 		if ok && p.silence(since.UnixNano()) {
 			s.log.Info("client is silent", "client", p.number)
 		}
 		if p.path.Load() != nil && !s.cfg.Clients.Enrolled(p.number) {
 			p.path.Store(nil) // made by a packet that was faster than Reload
 		}
-	})
+	}
 }
 
 // Reload ends the sessions of clients that are no longer enrolled, and tells
@@ -331,7 +331,7 @@ func (s *Server) Reload() {
 		s.log.Info("client is no longer enrolled", "client", a.Client)
 	}
 	// Clients that only other servers hear, too.
-	for _, p := range s.table.all() {
+	for p := range s.table.all {
 		if s.cfg.Clients.Enrolled(p.number) {
 			continue
 		}

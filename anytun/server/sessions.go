@@ -63,99 +63,129 @@ type peer struct {
 }
 
 // table is the cache of sessions and what was learned of clients. Sessions
-// enter it only with an authentic packet; clients only when enrolled.
+// enter it only with an authentic packet; clients only when enrolled, or when
+// another server tells of them, and they stay: their timestamps guard against
+// replays. Every packet looks here, so whoever goes through all of it, which
+// takes a tenth of a second with a million clients, holds up nobody.
 type table struct {
+	shards [sessionShards]sessionShard
+	// Client numbers are dense, from 1, so they lead to their client without a
+	// lock, by the upper bits and the lower.
+	pages [(session.MaxClient + 1) / peersPerPage]atomic.Pointer[peerPage]
+}
+
+// peersPerPage makes the memory for a single client 4 KiB.
+const peersPerPage = 512
+
+type peerPage [peersPerPage]atomic.Pointer[peer]
+
+const sessionShards = 64
+
+// sessionShard is a part of the sessions. Their ids are as good as random.
+type sessionShard struct {
 	mu       sync.RWMutex
 	sessions map[sessionKey]*association
-	peers    map[uint32]*peer
 }
 
 func newTable() *table {
-	return &table{sessions: map[sessionKey]*association{}, peers: map[uint32]*peer{}}
+	t := new(table)
+	for i := range t.shards {
+		t.shards[i].sessions = map[sessionKey]*association{}
+	}
+	return t
 }
 
+func (t *table) shard(k sessionKey) *sessionShard { return &t.shards[k.id%sessionShards] }
+
 func (t *table) size() (sessions, online int) {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	for _, p := range t.peers {
+	for i := range t.shards {
+		h := &t.shards[i]
+		h.mu.RLock()
+		sessions += len(h.sessions)
+		h.mu.RUnlock()
+	}
+	for p := range t.all {
 		if p.there() {
 			online++
 		}
 	}
-	return len(t.sessions), online
+	return sessions, online
 }
 
 func (t *table) session(k sessionKey) *association {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.sessions[k]
+	h := t.shard(k)
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return h.sessions[k]
 }
 
+// lookup returns the entry of a client, or nil. client may be any number.
 func (t *table) lookup(client uint32) *peer {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.peers[client]
+	if client > session.MaxClient {
+		return nil
+	}
+	g := t.pages[client/peersPerPage].Load()
+	if g == nil {
+		return nil
+	}
+	return g[client%peersPerPage].Load()
 }
 
-// peer returns the entry of an enrolled client, made if need be.
+// peer returns the entry of a client, made if need be.
 func (t *table) peer(client uint32) *peer {
 	if p := t.lookup(client); p != nil {
 		return p
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	p := t.peers[client]
-	if p == nil {
-		p = &peer{number: client}
-		t.peers[client] = p
+	page := &t.pages[client/peersPerPage]
+	if page.Load() == nil {
+		page.CompareAndSwap(nil, new(peerPage))
 	}
-	return p
+	at := &page.Load()[client%peersPerPage]
+	at.CompareAndSwap(nil, &peer{number: client})
+	return at.Load()
 }
 
 // add enters a session that an authentic packet has proved. Another reader may
 // have been faster: then that one's entry counts, which has its replay window.
 func (t *table) add(a *association) *association {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if old := t.sessions[a.key]; old != nil {
+	h := t.shard(a.key)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if old := h.sessions[a.key]; old != nil {
 		return old
 	}
-	t.sessions[a.key] = a
+	h.sessions[a.key] = a
 	return a
 }
 
-// each calls f for every client.
-func (t *table) each(f func(*peer)) {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	for _, p := range t.peers {
-		f(p)
-	}
-}
-
-// all returns every client.
-func (t *table) all() []*peer {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	list := make([]*peer, 0, len(t.peers))
-	for _, p := range t.peers {
-		list = append(list, p)
-	}
-	return list
-}
-
-// sweep forgets sessions that drop says so of, and the paths that lead through
-// them. Peers stay: their timestamps guard against replays, and there are never
-// more than clients enrolled.
-func (t *table) sweep(drop func(*association) bool) (gone []*association) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for k, a := range t.sessions {
-		if !drop(a) {
+// all goes through the clients, in the order of their numbers. No lock is held.
+func (t *table) all(yield func(*peer) bool) {
+	for i := range t.pages {
+		g := t.pages[i].Load()
+		if g == nil {
 			continue
 		}
-		delete(t.sessions, k)
-		gone = append(gone, a)
+		for k := range g {
+			if p := g[k].Load(); p != nil && !yield(p) {
+				return
+			}
+		}
+	}
+}
+
+// sweep forgets sessions that drop says so of, and returns them. A part of them
+// is locked at a time.
+func (t *table) sweep(drop func(*association) bool) (gone []*association) {
+	for i := range t.shards {
+		h := &t.shards[i]
+		h.mu.Lock()
+		for k, a := range h.sessions {
+			if drop(a) {
+				delete(h.sessions, k)
+				gone = append(gone, a)
+			}
+		}
+		h.mu.Unlock()
 	}
 	return gone
 }
