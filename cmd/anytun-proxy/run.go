@@ -232,6 +232,7 @@ func (g *gateway) runTunnel(ctx context.Context) error {
 	waitCtx, cancel := context.WithCancel(ctx)
 	wg.Go(func() { g.warnOfSilence(waitCtx) })
 	wg.Go(func() { g.tunnel.recoverLoop(waitCtx) })
+	wg.Go(func() { g.restLoop(waitCtx) })
 	err := g.client.Run(ctx)
 	cancel()
 	wg.Wait()
