@@ -416,7 +416,9 @@ func benchmarkGrowth(b *testing.B, r *growthRig) {
 			active      int
 			size, count int
 		}{
-			{"small", len(r.conns), 64, 1}, {"full", len(r.conns), farSegment, 1}, {"runs", len(r.conns), farSegment, 8},
+			{"small", len(r.conns), 64, 1},
+			{"full", len(r.conns), farSegment, 1},
+			{"runs", len(r.conns), farSegment, 8},
 			{"few", 10, farSegment, 1},
 		} {
 			b.Run(way.name+"/"+load.name, func(b *testing.B) {

@@ -262,11 +262,11 @@ const applicationsEnv = "ANYTUN_GROWTH_APPLICATIONS"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(applicationsEnv) == "" {
-		os.Exit(m.Run())
+		m.Run()
+		return
 	}
 	if err := serveApplications(); err != nil && !errors.Is(err, io.EOF) {
-		fmt.Fprintln(os.Stderr, "applications:", err)
-		os.Exit(1)
+		panic(err)
 	}
 }
 
