@@ -300,12 +300,13 @@ func (c *PacketConn) arrived(from netip.AddrPort, payload []byte) {
 // HandlePacket implements stack.TransportEndpoint.
 func (c *PacketConn) HandlePacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) {
 	h := pkt.TransportHeader().Slice()
-	b, ok := pkt.Data().PullUp(pkt.Data().Size())
-	if !ok && pkt.Data().Size() > 0 || len(h) < header.UDPMinimumSize {
+	if len(h) < header.UDPMinimumSize {
 		return
 	}
 	n := int(binary.BigEndian.Uint16(h[4:])) - header.UDPMinimumSize
-	if n < 0 || n > len(b) {
+	// This may move the packet to other memory, the header too.
+	b, ok := pkt.Data().PullUp(pkt.Data().Size())
+	if !ok && pkt.Data().Size() > 0 || n < 0 || n > len(b) {
 		c.s.st.Stats().UDP.MalformedPacketsReceived.Increment()
 		return
 	}
