@@ -234,14 +234,17 @@ func (all results) mainTable(b *strings.Builder, s section) {
 	b.WriteString(".\n\n")
 }
 
+// rounds is how many values the medians of a section are of, at most.
 func (all results) rounds(s section) int {
-	rounds := make(map[int]bool)
+	cells := make(map[[2]string]int)
+	most := 1
 	for _, r := range all {
-		if r.Mode == s.mode && r.Path == s.path && r.Test != "mem" {
-			rounds[r.Round] = true
+		if r.Mode == s.mode && r.Path == s.path && r.Error == "" {
+			cells[[2]string{r.Name, r.Test}]++
+			most = max(most, cells[[2]string{r.Name, r.Test}])
 		}
 	}
-	return max(1, len(rounds))
+	return most
 }
 
 // plural is a number with its noun.
