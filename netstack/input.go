@@ -13,8 +13,8 @@ import (
 //
 //	Input          puts the batch in order (order.go), walks it
 //	parseIP        malformed packets and unknown protocols are dropped
-//	admit          Forward only: UDP for others goes to ForwardUDP's handler,
-//	               ICMP for others is dropped
+//	admit          UDP goes to its socket (packetconn.go); Forward only: UDP for
+//	               others goes to ForwardUDP's handler, ICMP for others is dropped
 //	startRun, run  counts the TCP segments that follow each other
 //	flows.in       notes what the peer has got; a duplicate acknowledgement may
 //	               have to wait (hold.go)
@@ -196,7 +196,7 @@ func (s *Stack) admit(p *packet) bool {
 		}
 		return true
 	case p.proto == protoUDP:
-		return s.udp == nil || p.frag || !s.forwardUDP(p)
+		return p.frag || !s.takeUDP(p)
 	case p.v4 && p.proto == protoICMP, !p.v4 && p.proto == protoICMPv6:
 		if !p.frag && isICMPError(p) {
 			s.noteUnreachable(p)

@@ -22,9 +22,10 @@ import (
 // ports, answers for ports that nobody has, and ends the socket with the stack;
 // for that the socket is a stack.TransportEndpoint of its demultiplexer.
 //
-//	in   HandlePacket  one copy, to the queue
-//	     ReadBatch     takes a chunk of the queue, mostly many datagrams
-//	out  WriteBatch    builds packets in a batch of the device, flushes once
+//	in   Input, takeUDP   whole datagrams for a socket: one copy, to its queue
+//	     HandlePacket     what came by way of gVisor: put together from fragments
+//	     ReadBatch        takes a chunk of the queue, mostly many datagrams
+//	out  WriteBatch       builds packets in a batch of the device, flushes once
 
 // PacketConn is an unconnected UDP socket of a Stack, with the method names of
 // net.UDPConn. It is safe for concurrent use. Up to 1 MiB of datagrams wait to

@@ -367,6 +367,28 @@ func TestPacketConnStackClosed(t *testing.T) {
 	}
 }
 
+func TestUDPInAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector empties pools on purpose")
+	}
+	p := newPair(t)
+	u := listenUDP(t, p.client, netip.AddrPort{})
+	in := udpPackets(p.client, netip.AddrPortFrom(server4, 9), netip.AddrPortFrom(client4, u.at.Port()), make([]byte, 1200))
+	pkts := make([][]byte, 64)
+	for i := range pkts {
+		pkts[i] = in[0]
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		p.client.Input(pkts)
+		for got := 0; got < len(pkts); {
+			list, _, _ := u.ReadBatch(22)
+			got += len(list)
+		}
+	}); n > 1 {
+		t.Errorf("%v allocations for %d datagrams", n, len(pkts))
+	}
+}
+
 // BenchmarkUDPIn is the road of 64 datagrams of 1200 bytes from the tunnel to
 // the reader of a socket.
 func BenchmarkUDPIn(b *testing.B) {

@@ -24,6 +24,32 @@ const (
 // other.
 var fragmentID atomic.Uint32
 
+// takeUDP takes the short way for a whole datagram: to the socket it is for, or
+// to ForwardUDP's handler. It reports whether there was one; everything unusual
+// is gVisor's.
+func (s *Stack) takeUDP(p *packet) bool {
+	to := p.destination()
+	if !s.isOwn(to) {
+		return s.udp != nil && s.forwardUDP(p)
+	}
+	u := p.payload()
+	if len(u) < header.UDPMinimumSize || p.v4 && p.l4 != header.IPv4MinimumSize || !p.v4 && p.l4 != header.IPv6MinimumSize {
+		return false
+	}
+	n := int(binary.BigEndian.Uint16(u[4:]))
+	from := p.source()
+	if n < header.UDPMinimumSize || n > len(u) || from.IsMulticast() || from.IsUnspecified() || from == broadcast {
+		return false
+	}
+	c := s.ports.udp.find(netip.AddrPortFrom(to, binary.BigEndian.Uint16(u[2:])))
+	if c == nil {
+		return false
+	}
+	s.dev.counters.delivered.Add(1)
+	c.arrived(netip.AddrPortFrom(from, binary.BigEndian.Uint16(u)), u[header.UDPMinimumSize:n])
+	return true
+}
+
 // WriteUDP sends a datagram that bears any source address, in fragments when
 // it exceeds the MTU. Both addresses are of one family. Errors wrap EMSGSIZE
 // or EAFNOSUPPORT, or are net.ErrClosed.

@@ -98,7 +98,7 @@ func (g *gateway) open(ctx context.Context) ([]cmd.Task, error) {
 	}
 	if g.proxy, err = proxy.New(proxy.Config{
 		Network:          g.tunnel,
-		SOCKS:            socks5.New(socks5.Config{UDPIdleTimeout: g.udpTimeout, MaxAssociations: g.maxUDP}),
+		SOCKS:            socks5.New(socks5.Config{UDPIdleTimeout: g.udpTimeout, MaxAssociations: g.maxUDP, ListenUDP: listenApp}),
 		HTTP:             httpproxy.New(httpproxy.Config{}),
 		Auth:             g.auth,
 		MaxConns:         g.maxConns,
@@ -292,4 +292,13 @@ func (g *gateway) reload() {
 		return
 	}
 	g.log.Info("read the auth file")
+}
+
+// listenApp opens a UDP association's socket towards the application.
+func listenApp(at netip.AddrPort) (socks5.AppConn, error) {
+	s, err := udp.ListenSocket(at, udp.Options{RecvBuffer: 1 << 20, SendBuffer: 1 << 20, Messages: 16, ShareBuffers: true})
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
 }
