@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"time"
 )
 
@@ -35,8 +36,8 @@ type Conn struct {
 	net.Conn
 	br     *bufio.Reader // until EndHandshake
 	idle   *idleReader
-	early  []byte // read ahead of the relay
-	tunnel *relay // set by Server.Tunnel
+	early  []byte                // read ahead of the relay
+	tunnel atomic.Pointer[relay] // set by Server.Tunnel
 
 	deadline time.Time // of the handshake
 }

@@ -43,7 +43,7 @@ func (s *Server) serveConn(ctx context.Context, nc net.Conn) {
 	if s.remember(c) {
 		s.handshake(ctx, c)
 	}
-	if c.tunnel != nil {
+	if c.tunnel.Load() != nil {
 		go s.tunnelLoop(c)
 		return
 	}
@@ -82,7 +82,7 @@ func (s *Server) handshake(ctx context.Context, c *Conn) {
 
 // tunnelLoop is the rest of a connection's life, on a small stack of its own.
 func (s *Server) tunnelLoop(c *Conn) {
-	r := c.tunnel
+	r := c.tunnel.Load()
 	s.counters.openTunnels.Add(1)
 	r.run(c.idle, newIdleReader(r.b), c.TakeEarly())
 	s.counters.openTunnels.Add(-1)
@@ -98,7 +98,7 @@ func (s *Server) tunnelLoop(c *Conn) {
 //go:noinline
 func (s *Server) logTunnel(c *Conn) {
 	if s.log.Enabled(context.Background(), slog.LevelDebug) {
-		r := c.tunnel
+		r := c.tunnel.Load()
 		s.log.Debug("tunnel ended", "remote", c.RemoteAddr(), "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
 	}
 }

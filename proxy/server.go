@@ -215,6 +215,8 @@ func (s *Server) drainHandlers() {
 	}
 }
 
+var errStopped = errors.New("the proxy was stopped")
+
 // abortAll runs when Serve's context has ended.
 func (s *Server) abortAll() {
 	s.mu.Lock()
@@ -229,7 +231,12 @@ func (s *Server) abortAll() {
 		l.Close()
 	}
 	for _, c := range open {
-		c.Abort()
+		// Of a tunnel both ends: the application's direction may have ended already, so that its reset changes nothing.
+		if r := c.tunnel.Load(); r != nil {
+			r.fail(errStopped)
+		} else {
+			c.Abort()
+		}
 	}
 }
 
@@ -358,9 +365,9 @@ func (s *Server) Dial(ctx context.Context, c *Conn, to Target) (net.Conn, error)
 // Tunnel hands the connection over: once the handler's Serve has returned, the server relays between the application and
 // the remote side until both have ended, and closes both.
 func (s *Server) Tunnel(c *Conn, remote net.Conn) {
-	c.tunnel = &relay{
+	c.tunnel.Store(&relay{
 		a: c.Conn, b: remote,
 		totalAB: &s.counters.bytesOut, totalBA: &s.counters.bytesIn,
 		idle: s.cfg.IdleTimeout, halfIdle: s.cfg.HalfIdleTimeout,
-	}
+	})
 }
