@@ -66,7 +66,8 @@ type Options struct {
 	RecvBuffer, SendBuffer int
 
 	// Messages is how many kernel messages one ReadBatch takes at most, each
-	// with a buffer of 64 KiB. 0 means 8.
+	// with a buffer of 64 KiB. 0 means 8. Of small ones it takes up to 64, unless
+	// ShareBuffers is set.
 	Messages int
 
 	// ShareBuffers makes the socket hold those buffers only while there are
@@ -82,6 +83,11 @@ type Options struct {
 const (
 	defaultBuffer   = 8 << 20
 	defaultMessages = 8
+
+	// smallMessages is how many messages of less than smallMessage bytes one
+	// ReadBatch takes.
+	smallMessages = 64
+	smallMessage  = 4 << 10
 
 	// messageSize holds the longest UDP payload and the longest that the
 	// kernel joins.

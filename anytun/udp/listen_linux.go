@@ -90,7 +90,7 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 	c.uc, c.rc = uc, rc
 	c.local = localAddr(uc)
 	if !c.share {
-		c.reader = newReader(c.messages)
+		c.reader = newReader(c.messages, smallMessages)
 	}
 	return c, nil
 }

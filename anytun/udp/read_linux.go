@@ -35,6 +35,10 @@ type reader struct {
 	bufs    [][]byte
 
 	n     int // messages received
+	size  int // bytes in them
+	least int // messages that are asked for at a time, when they are large
+	most  int // and when they are small
+	ask   int // now
 	errno syscall.Errno
 
 	packets [][]byte // slab that groups' Packets are parts of
@@ -45,11 +49,11 @@ type reader struct {
 var idleReaders sync.Pool // of *reader
 
 func (c *kernelConn) takeReader() {
-	if r, ok := idleReaders.Get().(*reader); ok && len(r.msgs) == c.messages {
+	if r, ok := idleReaders.Get().(*reader); ok && r.least == c.messages {
 		c.reader = r
 		return
 	}
-	c.reader = newReader(c.messages)
+	c.reader = newReader(c.messages, c.messages)
 }
 
 func (c *kernelConn) giveReader() {
@@ -57,18 +61,28 @@ func (c *kernelConn) giveReader() {
 	c.reader = nil
 }
 
-func newReader(messages int) *reader {
+// newReader returns a ring for least messages that grows to most when it is to
+// take small ones.
+func newReader(least, most int) *reader {
 	r := &reader{
-		msgs:    make([]mmsghdr, messages),
-		iovs:    make([]unix.Iovec, messages),
-		names:   make([]sockaddr, messages),
-		control: make([]control, messages),
-		bufs:    make([][]byte, messages),
-		packets: make([][]byte, 0, messages*maxSegments),
-		groups:  make([]Group, 0, messages),
+		least: least, most: max(least, most), ask: least,
+		packets: make([][]byte, 0, least*maxSegments),
+	}
+	r.room(least)
+	return r
+}
+
+// room makes the ring as long as n messages.
+func (r *reader) room(n int) {
+	r.msgs = make([]mmsghdr, n)
+	r.iovs = make([]unix.Iovec, n)
+	r.names = make([]sockaddr, n)
+	r.control = make([]control, n)
+	r.groups = make([]Group, 0, n)
+	for len(r.bufs) < n {
+		r.bufs = append(r.bufs, make([]byte, messageSize))
 	}
 	for i := range r.msgs {
-		r.bufs[i] = make([]byte, messageSize)
 		r.iovs[i].Base = &r.bufs[i][0]
 		r.iovs[i].SetLen(messageSize)
 		h := &r.msgs[i].hdr
@@ -77,7 +91,23 @@ func newReader(messages int) *reader {
 		h.Name = (*byte)(unsafe.Pointer(&r.names[i]))
 		h.Control = (*byte)(r.control[i].at(0))
 	}
-	return r
+}
+
+// adapt chooses how many messages the next read asks for, by what the last one has
+// brought. Where nothing has joined the
+// datagrams, as many as the few messages of joined ones would hold should come at
+// once, since all that follows works on batches. Large messages, on the other hand,
+// are better taken few at a time, while they are in the processor's cache.
+func (r *reader) adapt() {
+	switch {
+	case r.n == r.ask && r.ask < r.most && r.size < r.n*smallMessage:
+		r.ask = r.most
+		if len(r.msgs) < r.most {
+			r.room(r.most)
+		}
+	case r.ask > r.least && r.size >= r.n*smallMessage:
+		r.ask = r.least
+	}
 }
 
 // ReadBatch implements Conn.
@@ -115,15 +145,16 @@ func (c *kernelConn) receiveMessages(fd uintptr) bool {
 
 // receive fills the ring, or returns false if there is nothing.
 func (r *reader) receive(c *kernelConn, fd uintptr) bool {
-	r.n, r.errno = 0, 0
-	for i := range r.msgs {
+	r.adapt()
+	r.n, r.size, r.errno = 0, 0, 0
+	for i := range r.ask {
 		h := &r.msgs[i].hdr
 		h.Namelen = unix.SizeofSockaddrInet6
 		h.SetControllen(controlSize)
 		h.Flags = 0
 	}
 	for tries := 1; ; tries++ {
-		n, errno := c.recvmmsg(fd, r.msgs)
+		n, errno := c.recvmmsg(fd, r.msgs[:r.ask])
 		switch errno {
 		case 0:
 			r.n = n
@@ -145,7 +176,6 @@ func (r *reader) receive(c *kernelConn, fd uintptr) bool {
 // cut makes groups of the received messages.
 func (c *kernelConn) cut(r *reader) {
 	r.packets, r.groups = r.packets[:0], r.groups[:0]
-	size := 0
 	for i := range r.n {
 		m := &r.msgs[i]
 		if m.hdr.Flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
@@ -158,11 +188,11 @@ func (c *kernelConn) cut(r *reader) {
 			local = c.local.Addr()
 		}
 		from := Endpoint{Addr: c.zones.addrPort(&r.names[i]), Local: local}
-		size += int(m.len)
+		r.size += int(m.len)
 		r.add(from, r.bufs[i][:m.len], segment)
 	}
 	if n := len(r.packets); n > 0 {
-		c.counters.received.add(n, size, r.n)
+		c.counters.received.add(n, r.size, r.n)
 	}
 }
 
