@@ -3,7 +3,6 @@ package netstack
 import (
 	"io"
 	"testing"
-	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
@@ -17,34 +16,35 @@ func congestionControlOf(t *testing.T, c *Conn) tcpip.CongestionControlOption {
 	return cc
 }
 
-// TestCongestionControl: a short path has Reno, a long one CUBIC, and one that
-// becomes long changes.
+// TestCongestionControl: a connection begins with Reno, and changes once it has met
+// congestion on a long path.
 func TestCongestionControl(t *testing.T) {
 	p := newPair(t)
-	p.up.mu.Lock()
-	p.up.tap = func([][]byte) { time.Sleep(longRTT) }
-	p.up.mu.Unlock()
-	far, _ := p.connect(t, server4)
-	p.up.mu.Lock()
-	p.up.tap = nil
-	p.up.mu.Unlock()
-	near, _ := p.connect(t, server4)
+	c, _ := p.connect(t, server4)
+	if cc := congestionControlOf(t, c); cc != ccReno {
+		t.Errorf("a new connection has %s", cc)
+	}
+	reviewCongestionControl(c.ep)
+	if cc := congestionControlOf(t, c); cc != ccReno {
+		t.Errorf("nothing has happened, but it has %s", cc)
+	}
+	const never = 1<<32 - 1
 	for _, tt := range []struct {
-		c    *Conn
-		rtt  time.Duration
-		want tcpip.CongestionControlOption
+		info tcpip.TCPInfoOption
+		want bool
 	}{
-		{far, 0, ccCubic},
-		{far, time.Millisecond, ccCubic}, // a change would cost it its window
-		{near, 0, ccReno},
-		{near, longRTT, ccReno},
-		{near, longRTT + 1, ccCubic},
-		{near, time.Millisecond, ccCubic},
+		{tcpip.TCPInfoOption{RTT: 10 * longRTT, SndSsthresh: never}, false},
+		{tcpip.TCPInfoOption{RTT: longRTT, SndSsthresh: 100}, false},
+		{tcpip.TCPInfoOption{RTT: longRTT + 1, SndSsthresh: 100, CcState: tcpip.SACKRecovery}, false},
+		{tcpip.TCPInfoOption{RTT: longRTT + 1, SndSsthresh: 100}, true},
 	} {
-		reviewCongestionControl(tt.c.ep, tt.rtt)
-		if cc := congestionControlOf(t, tt.c); cc != tt.want {
-			t.Errorf("far %v, after a look at %v: %s, want %s", tt.c == far, tt.rtt, cc, tt.want)
+		if got := needsCubic(&tt.info); got != tt.want {
+			t.Errorf("%+v: %v, want %v", tt.info, got, tt.want)
 		}
+	}
+	var info tcpip.TCPInfoOption
+	if err := c.ep.GetSockOpt(&info); err != nil || info.SndSsthresh != never {
+		t.Errorf("the threshold of a new connection is %d (%v)", info.SndSsthresh, err)
 	}
 }
 

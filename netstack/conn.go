@@ -260,7 +260,7 @@ func (c *Conn) WriteFrom(r interface {
 func (c *Conn) wrote(n int) {
 	if c.written += n; c.written >= checkPath {
 		c.written = 0
-		reviewCongestionControl(c.ep, smoothedRTT(c.ep))
+		reviewCongestionControl(c.ep)
 	}
 }
 
