@@ -61,7 +61,7 @@ type Options struct {
 	Control func(network, address string, c syscall.RawConn) error
 
 	// RecvBuffer and SendBuffer are the sizes in bytes asked for the socket's
-	// buffers. 0 means 8 MiB, below 0 leaves the system's default. The kernel
+	// buffers. 0 means 32 and 8 MiB, below 0 leaves the system's default. The kernel
 	// may give less: see Stats.
 	RecvBuffer, SendBuffer int
 
@@ -81,7 +81,12 @@ type Options struct {
 }
 
 const (
-	defaultBuffer   = 8 << 20
+	// defaultRecvBuffer holds what one or two connections with full windows have
+	// under way, in datagrams that nothing has joined: the kernel counts more than
+	// twice their size.
+	defaultRecvBuffer = 32 << 20
+	defaultSendBuffer = 8 << 20
+
 	defaultMessages = 8
 
 	// smallMessages is how many messages of less than smallMessage bytes one
@@ -96,10 +101,10 @@ const (
 
 func (o Options) withDefaults() Options {
 	if o.RecvBuffer == 0 {
-		o.RecvBuffer = defaultBuffer
+		o.RecvBuffer = defaultRecvBuffer
 	}
 	if o.SendBuffer == 0 {
-		o.SendBuffer = defaultBuffer
+		o.SendBuffer = defaultSendBuffer
 	}
 	if o.Messages <= 0 {
 		o.Messages = defaultMessages

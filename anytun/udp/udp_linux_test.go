@@ -420,7 +420,7 @@ func TestBuffersAreRaised(t *testing.T) {
 	if s.RecvBuffer < system/2 || s.SendBuffer < system/2 {
 		t.Errorf("buffers %d and %d are below the system's %d", s.RecvBuffer, s.SendBuffer, system/2)
 	}
-	if unix.Geteuid() == 0 && (s.RecvBuffer != defaultBuffer || s.SendBuffer != defaultBuffer) {
+	if unix.Geteuid() == 0 && (s.RecvBuffer != defaultRecvBuffer || s.SendBuffer != defaultSendBuffer) {
 		t.Logf("root without CAP_NET_ADMIN: buffers %d and %d", s.RecvBuffer, s.SendBuffer)
 	}
 	s = openKernel(t, families[0].bind, Options{RecvBuffer: -1, SendBuffer: -1}).Stats()
