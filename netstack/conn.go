@@ -225,16 +225,19 @@ func (c *Conn) Write(b []byte) (int, error) {
 	}
 }
 
+// Source is what WriteFrom reads: Len says how many bytes it has.
+type Source = interface {
+	io.Reader
+	Len() int
+}
+
 // WriteFrom lets r fill the stack's own buffers: with r.Len() bytes, or as many as
 // the send buffer has room for and one super-segment holds (some 60 KB), and sends
 // that. It returns the number of bytes taken. r must give all that it has promised
 // by Len, since nothing is sent if it fails. WriteFrom doesn't wait: where there is
 // no room, or Len is 0, it returns 0 and no error (see WaitWritable). The
 // connection is locked meanwhile, so r must neither block nor use it.
-func (c *Conn) WriteFrom(r interface {
-	io.Reader
-	Len() int
-}) (int, error) {
+func (c *Conn) WriteFrom(r Source) (int, error) {
 	c.writeMu.Lock()
 	defer c.writeMu.Unlock()
 	if err := c.writable(); err != nil {
