@@ -72,6 +72,7 @@ func (d *direct) toSocket() (int, error) {
 	if d.try == nil {
 		d.try = d.tryWrite
 	}
+	d.n, d.err = 0, nil // try doesn't run on a closed socket
 	err := d.raw.Write(d.try)
 	switch {
 	case err != nil: // closed, or the deadline passed
@@ -121,6 +122,7 @@ func (d *direct) fromSocket() (int, error) {
 	if d.try == nil {
 		d.try = d.tryRead
 	}
+	d.n, d.err = 0, nil
 	err := d.raw.Read(d.try)
 	switch {
 	case err != nil: // closed, or the deadline passed

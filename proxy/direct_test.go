@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -206,6 +207,41 @@ func TestRelayDirectFull(t *testing.T) {
 	}
 	Abort(app)
 	<-relayed
+}
+
+// TestDirectClosed: on a closed socket nothing is moved, and the bytes of the call before aren't counted again.
+func TestDirectClosed(t *testing.T) {
+	if !rawReads {
+		t.Skip("this system's sockets aren't read through their file descriptors")
+	}
+	app, a := tcpPair(t)
+	near, far := stackPair(t)
+	to, from := newDirect(a, near), newDirect(a, near)
+	if _, err := far.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := to.toSocket(); n != 1000 || err != nil {
+		t.Fatalf("to the socket: %d, %v", n, err)
+	}
+	if _, err := app.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	if err := WaitReadable(a); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := from.fromSocket(); runtime.GOOS == "linux" && n != 1000 || err != nil {
+		t.Fatalf("from the socket: %d, %v", n, err)
+	}
+	if _, err := far.Write(make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	if n, err := to.toSocket(); n != 0 || err == nil {
+		t.Errorf("to a closed socket: %d, %v", n, err)
+	}
+	if n, err := from.fromSocket(); n != 0 || err == nil {
+		t.Errorf("from a closed socket: %d, %v", n, err)
+	}
 }
 
 // endless is a stream of zeros.
