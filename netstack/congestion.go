@@ -15,10 +15,10 @@ import (
 // of a single super-segment do where that is below a millisecond, and those that
 // come late since a loss was mended (resend.go). A window that should be a
 // thousand segments then stays at a hundred and grows by one each round trip, for
-// minutes. So every connection begins with Reno, which leaves slow start at the
-// first loss that gVisor is told of; one that has met congestion on a long path
-// changes to CUBIC, which starts its congestion control anew, as if it had just
-// been made.
+// minutes. So every connection begins with Reno, the stack's default, which leaves
+// slow start at the first loss that gVisor is told of; one that has met congestion
+// on a long path changes to CUBIC, which starts its congestion control anew, as if
+// it had just been made.
 
 const (
 	ccReno  = tcpip.CongestionControlOption("reno")
@@ -35,12 +35,6 @@ const (
 	noThreshold = 1 << 31
 )
 
-// setCongestionControl is for a new connection. The stack's default is CUBIC.
-func setCongestionControl(ep tcpip.Endpoint) {
-	cc := ccReno
-	_ = ep.SetSockOpt(&cc) // fails on names it doesn't know only
-}
-
 // reviewCongestionControl is for one that writes much. Before the first loss the
 // smoothed round-trip time stays what it was: Reno's window grows without end
 // then, and gVisor smooths over half a window of samples.
@@ -52,7 +46,7 @@ func reviewCongestionControl(ep tcpip.Endpoint) {
 	var have tcpip.CongestionControlOption
 	if err := ep.GetSockOpt(&have); err == nil && have == ccReno {
 		cc := ccCubic
-		_ = ep.SetSockOpt(&cc)
+		_ = ep.SetSockOpt(&cc) // fails on names it doesn't know only
 	}
 }
 

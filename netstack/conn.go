@@ -74,7 +74,6 @@ func (c *Conn) begin() {
 	_ = c.ep.SetSockOpt(&interval)
 	_ = c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, keepAliveCount)
 	c.ep.SocketOptions().SetKeepAlive(true)
-	setCongestionControl(c.ep)
 }
 
 // Read reads what has arrived, waiting if nothing has.
