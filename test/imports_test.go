@@ -56,6 +56,7 @@ var mayImport = map[string][]string{
 	"test/simnet/scale": {"anytun/registry", "anytun/portblock"}, // a simulation with the project's own arithmetic
 	"test/bench/load":   {},
 	"test/bench/delay":  {},
+	"test/loopback":     {},
 	"test/e2e":          {}, // test files only, here and below: they may import anything
 	"test/gateway":      {},
 	"test/lab":          {},

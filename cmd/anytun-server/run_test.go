@@ -15,6 +15,7 @@ import (
 	"github.com/anytun-go/anytun/anytun/session"
 	"github.com/anytun-go/anytun/cmd"
 	"github.com/anytun-go/anytun/cmd/cmdtest"
+	"github.com/anytun-go/anytun/test/loopback"
 )
 
 func startServer(t *testing.T, dir string, args ...string) (s *cmdtest.Running, admin string) {
@@ -115,7 +116,7 @@ func TestNumbersAreLeased(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(second, "cluster.key"), string(key), 0o600)
-	ports := freePorts(t, 2)
+	ports := []string{loopback.Addr(t), loopback.Addr(t)}
 	var servers []*cmdtest.Running
 	for i, dir := range []string{first, second} {
 		servers = append(servers, command.Start(t, "--state-dir", dir, "--listen", "127.0.0.1:0",
@@ -136,20 +137,6 @@ func TestNumbersAreLeased(t *testing.T) {
 	if again := s.Line(t, "serving")["server_number"]; again != b {
 		t.Errorf("number %v the first time, %v when it started again", b, again)
 	}
-}
-
-// freePorts returns addresses on loopback that nobody listened at a moment ago.
-func freePorts(t *testing.T, n int) (list []string) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		list = append(list, l.Addr().String())
-	}
-	return list
 }
 
 func TestOccupiedPort(t *testing.T) {

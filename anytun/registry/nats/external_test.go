@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -14,21 +13,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/anytun-go/anytun/anytun/registry"
+	"github.com/anytun-go/anytun/test/loopback"
 )
-
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
 
 func TestExternalKilled(t *testing.T) {
 	t.Parallel()
-	engine := helperConfig{Engine: freeAddr(t), StoreIn: t.TempDir()}
+	engine := helperConfig{Engine: loopback.Addr(t), StoreIn: t.TempDir()}
 	c := Config{URL: "nats://" + engine.Engine, Secret: secret, Logger: testLogger(t)}
 	// The servers are there before the engine is.
 	a, b := start(t, 1, c, nil), start(t, 2, c, nil)
@@ -73,7 +63,7 @@ func TestExternalKilled(t *testing.T) {
 // The connection may break between looking at it and using it.
 func TestRefused(t *testing.T) {
 	t.Parallel()
-	b, err := New(Config{URL: "nats://" + freeAddr(t), Secret: secret})
+	b, err := New(Config{URL: "nats://" + loopback.Addr(t), Secret: secret})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"github.com/anytun-go/anytun/anytun/registry"
+	"github.com/anytun-go/anytun/test/loopback"
 )
 
 const secret = "the cluster's secret"
@@ -168,22 +168,15 @@ func startHello(t testing.TB, number uint16, c Config, h *memory, hello time.Dur
 	return n
 }
 
-// configs returns the settings of a cluster of n on free ports.
+// configs returns the settings of a cluster of n on free addresses.
 func configs(t testing.TB, n int) []Config {
 	t.Helper()
-	var listeners []net.Listener
 	var addrs []string
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		listeners = append(listeners, l)
-		addrs = append(addrs, l.Addr().String())
+		addrs = append(addrs, loopback.Addr(t))
 	}
 	cs := make([]Config, n)
-	for i, l := range listeners {
-		l.Close()
+	for i := range cs {
 		cs[i] = Config{
 			Listen: addrs[i], Join: addrs, ServerName: fmt.Sprintf("s%d", i+1), StoreDir: t.TempDir(), Secret: secret,
 			Logger: testLogger(t),
