@@ -18,6 +18,7 @@ import (
 //	startRun, run  counts the TCP segments that follow each other
 //	flows.in       notes what the peer has got; a duplicate acknowledgement may
 //	               have to wait (hold.go)
+//	acks.take      of a flow's acknowledgements only the highest goes on (acks.go)
 //	deliver        one copy to a gVisor buffer, one packet to gVisor
 //
 // gVisor's own goroutines take over where a packet reaches a TCP endpoint.
@@ -177,11 +178,16 @@ func (s *Stack) Input(pkts [][]byte) {
 			case passRestart:
 				s.afterSpurious(inKey(p.b, p.payload()))
 			case pass:
+				if o.acks.take(d, &p) {
+					i++
+					continue
+				}
 			}
 		}
 		d.deliver(&p, pkts[i+1:i+n], size)
 		i += n
 	}
+	o.acks.flush(d)
 }
 
 // admit decides whether gVisor gets the packet, and does what is to be done

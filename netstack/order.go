@@ -59,6 +59,8 @@ type sorter struct {
 	pkts [][]byte
 	at   []int // places of the flow being sorted
 	part [][]byte
+
+	acks gatherer
 }
 
 var sorters = sync.Pool{New: func() any { return new(sorter) }}
@@ -143,5 +145,6 @@ func (o *sorter) done() {
 	clear(o.flows[:])
 	clear(o.pkts)
 	clear(o.part)
+	clear(o.acks.acks[:])
 	sorters.Put(o)
 }

@@ -15,10 +15,11 @@ type Stats struct {
 	DropOversize    uint64 // Output: a packet larger than the MTU
 	DropClosed      uint64 // Input or Output after Close
 
-	AcksHeld     uint64 // duplicate acknowledgements held back in case it was only reordering
-	AcksDropped  uint64 // of those, dropped because it was
-	AcksReleased uint64 // of those, handed over when their time was up
-	LossesMended uint64 // stretches of data sent again without the stack's knowledge
+	AcksHeld       uint64 // duplicate acknowledgements held back in case it was only reordering
+	AcksDropped    uint64 // of those, dropped because it was
+	AcksReleased   uint64 // of those, handed over when their time was up
+	AcksSuperseded uint64 // acknowledgements not handed over because of a higher one in the same batch
+	LossesMended   uint64 // stretches of data sent again without the stack's knowledge
 
 	PortsUsedUp uint64 // dials and sockets that found no port, each attempt counted
 
@@ -42,7 +43,7 @@ type counters struct {
 	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
 	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
 	forwardFull                                                            atomic.Uint64
-	heldAcks, heldDropped, heldReleased, mended                            atomic.Uint64
+	heldAcks, heldDropped, heldReleased, mended, superseded                atomic.Uint64
 	gapResent, gapNudged                                                   atomic.Uint64
 }
 
@@ -65,6 +66,7 @@ func (s *Stack) Stats() Stats {
 		AcksHeld:        c.heldAcks.Load(),
 		AcksDropped:     c.heldDropped.Load(),
 		AcksReleased:    c.heldReleased.Load(),
+		AcksSuperseded:  c.superseded.Load(),
 		LossesMended:    c.mended.Load(),
 		PortsUsedUp:     s.ports.usedUp.Load(),
 		GapResent:       c.gapResent.Load(),
