@@ -37,6 +37,7 @@ type Conn struct {
 	s             *Stack
 	ep            tcpip.Endpoint
 	local, remote netip.AddrPort
+	key           flowKey
 	gates         gates
 
 	closed, readClosed atomic.Bool
@@ -66,6 +67,7 @@ func (c *Conn) begin() {
 	if info, ok := c.ep.Info().(*stack.TransportEndpointInfo); ok {
 		c.local = netip.AddrPortFrom(netipAddr(info.ID.LocalAddress), info.ID.LocalPort)
 		c.remote = netip.AddrPortFrom(netipAddr(info.ID.RemoteAddress), info.ID.RemotePort)
+		c.key = connKey(c.local, c.remote)
 	}
 	c.out.most = chunk(c.s.dev.mtu, c.remote.Addr())
 	// None of these can fail on a TCP endpoint.
@@ -209,7 +211,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 		n, err := c.ep.Write(&c.out, tcpip.WriteOptions{})
 		c.out.b = nil
 		done += int(n)
-		c.room.hasWritten(&c.s.windows.out, c.ep, int(n))
+		c.room.hasWritten(&c.s.windows.out, &c.s.dev.flows, &c.key, c.ep, int(n))
 		c.wrote(int(n))
 		switch err.(type) {
 		case nil:
@@ -246,7 +248,7 @@ func (c *Conn) WriteFrom(r Source) (int, error) {
 	// Atomic: what r has given must not be truncated for want of room.
 	n, err := c.ep.Write(&c.out, tcpip.WriteOptions{Atomic: true})
 	c.out.from = nil
-	c.room.hasWritten(&c.s.windows.out, c.ep, int(n))
+	c.room.hasWritten(&c.s.windows.out, &c.s.dev.flows, &c.key, c.ep, int(n))
 	c.wrote(int(n))
 	switch err.(type) {
 	case nil, *tcpip.ErrWouldBlock:

@@ -3,6 +3,7 @@ package netstack
 import (
 	"encoding/binary"
 	"hash/maphash"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -64,6 +65,7 @@ type tcpFlow struct {
 	// of timedEnd, sent at timedAt, will tell another.
 	rtt      time.Duration
 	lastRTT  time.Duration // the latest
+	recent   roundTrips
 	timing   bool
 	timedEnd uint32
 	timedAt  int64
@@ -158,6 +160,20 @@ func (t *flowTable) forgetLocked(f *tcpFlow) {
 
 // before reports whether a lies before b in a sequence space.
 func before(a, b uint32) bool { return int32(a-b) < 0 }
+
+// connKey is the flow of a connection.
+func connKey(local, remote netip.AddrPort) (k flowKey) {
+	if k.v4 = local.Addr().Is4(); k.v4 {
+		l, r := local.Addr().As4(), remote.Addr().As4()
+		copy(k.local[:], l[:])
+		copy(k.remote[:], r[:])
+	} else {
+		k.local, k.remote = local.Addr().As16(), remote.Addr().As16()
+	}
+	binary.BigEndian.PutUint16(k.ports[:], local.Port())
+	binary.BigEndian.PutUint16(k.ports[2:], remote.Port())
+	return k
+}
 
 // outKey is the flow of a packet that leaves, by its IP and TCP headers.
 func outKey(ip, tcp []byte) (k flowKey) {
@@ -358,6 +374,53 @@ func (f *tcpFlow) timed(now int64) {
 	if f.rtt == 0 || f.lastRTT < f.rtt {
 		f.rtt = f.lastRTT
 	}
+	f.recent.add(f.lastRTT, now, min(max(4*f.rtt, rttTurnMin), rttTurnMax))
+}
+
+// roundTrips is the range of the round trips of the last turn and this one.
+type roundTrips struct {
+	began                      int64 // of this turn, ns
+	low, high, lowOld, highOld time.Duration
+}
+
+// A turn lasts four of the shortest round trips, from rttTurnMin to rttTurnMax.
+const (
+	rttTurnMin = 20 * time.Millisecond
+	rttTurnMax = 100 * time.Millisecond
+)
+
+func (r *roundTrips) add(d time.Duration, now int64, turn time.Duration) {
+	if now-r.began >= int64(turn) {
+		r.lowOld, r.highOld = r.low, r.high
+		if r.began == 0 {
+			r.lowOld, r.highOld = d, d
+		}
+		r.began, r.low, r.high = now, d, d
+		return
+	}
+	r.low, r.high = min(r.low, d), max(r.high, d)
+}
+
+// least is the shortest round trip: if that is long, there is a queue that stands.
+func (r *roundTrips) least() time.Duration { return min(r.low, r.lowOld) }
+
+// most is the longest.
+func (r *roundTrips) most() time.Duration { return max(r.high, r.highOld) }
+
+// standing is what a sender wants to know of its queue: the shortest round trip
+// ever and lately, 0 if none was measured, and the bytes in flight.
+func (t *flowTable) standing(k *flowKey) (shortest, lately time.Duration, inFlight int) {
+	s := t.set(k, false)
+	if s == nil {
+		return 0, 0, 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.findLocked(k)
+	if f == nil {
+		return 0, 0, 0
+	}
+	return f.rtt, f.recent.least(), int(f.sent - f.una)
 }
 
 // timestamps returns TSval and TSecr of the options of a TCP segment (RFC 7323

@@ -24,7 +24,8 @@ import (
 //	                 if it is little (resend.go)
 //	release          otherwise the kept ones go to gVisor, and from
 //	                 now on, until all that was in flight then is acknowledged,
-//	                 duplicates pass, since recovery lives on them
+//	                 duplicates pass, since recovery lives on them; but no longer
+//	                 than until it turns out that nothing was lost
 //
 // The window is that of RFC 8985 section 6.2 in spirit: small until reordering
 // was seen, then as long as segments were late, and back after a while without
@@ -69,12 +70,13 @@ type holdState struct {
 	since int64 // when the first duplicate of una came, ns; 0: none
 	acks  *heldList
 
-	// open: duplicates pass, until recover is acknowledged.
-	open    bool
-	recover uint32
+	// recovering: gVisor recovers, until recover is acknowledged. open: duplicates
+	// pass, since it does.
+	recovering, open bool
+	recover          uint32
 
 	// judge: the next progress shows whether the recovery was for nothing.
-	// spurious: it was. restart: it has ended.
+	// spurious: it was, and needs no duplicates. restart: it has ended.
 	judge, spurious, restart bool
 
 	// again: [una, againEnd) may have been sent again, first with againTS.
@@ -275,7 +277,7 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 		return false
 	}
 	if h.acks == nil {
-		if h.acks = t.hold.get(s, &f.key, false, now, now+int64(path.window(now, f.rtt))); h.acks == nil {
+		if h.acks = t.hold.get(s, &f.key, false, now, now+int64(path.window(now, f.rtt, f.recent.most()))); h.acks == nil {
 			f.openUntil(f.sent)
 			return false
 		}
@@ -287,7 +289,7 @@ func (t *flowTable) duplicateLocked(s *flowSet, f *tcpFlow, b, options []byte, n
 
 // openUntil lets gVisor recover.
 func (f *tcpFlow) openUntil(sent uint32) {
-	f.hold.open, f.hold.recover, f.hold.judge = true, sent, true
+	f.hold.open, f.hold.recovering, f.hold.recover, f.hold.judge = true, true, sent, true
 	f.dropLog()
 }
 
@@ -314,6 +316,7 @@ func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now i
 		}
 		if h.judge {
 			h.judge, h.spurious = false, late
+			h.open = !late
 		}
 		h.since = 0
 	}
@@ -326,8 +329,8 @@ func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now i
 	if h.again && !before(ack, h.againEnd) {
 		h.again = false
 	}
-	if h.open && !before(ack, h.recover) {
-		h.open, h.restart = false, h.spurious
+	if h.recovering && !before(ack, h.recover) {
+		h.recovering, h.open, h.restart = false, false, h.spurious
 		h.spurious = false
 	}
 	return restart
@@ -467,7 +470,7 @@ func (p *reorderPath) late(d time.Duration, now int64) {
 // spurious notes that something was sent again in vain. One recovery gives many
 // such reports, so they count once in a while.
 func (p *reorderPath) spurious(now int64) {
-	w := p.window(now, 0)
+	w := p.window(now, 0, 0)
 	p.mu.Lock()
 	again := p.reported != 0 && now-p.reported < int64(holdMax)
 	if !again {
@@ -479,14 +482,16 @@ func (p *reorderPath) spurious(now int64) {
 	}
 }
 
-// window returns how long duplicates of a flow are to be held whose shortest
-// round trip was rtt, or 0.
-func (p *reorderPath) window(now int64, rtt time.Duration) time.Duration {
+// window returns how long duplicates of a flow are to be held whose round trips
+// were rtt at least, and most lately, or 0. By what most is longer, data lies in
+// queues, perhaps of one road only, and where there is a queue it costs nothing to
+// recover that much later.
+func (p *reorderPath) window(now int64, rtt, most time.Duration) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.turnLocked(now)
 	d := max(p.now, p.old)
-	return min(max(d+d/4+holdMin, min(rtt/4, holdRTT)), holdMax)
+	return min(max(d+d/4+holdMin, min(rtt/4, holdRTT), most-rtt), holdMax)
 }
 
 // path is the flow's, for what we send and for what we receive: all flows of a

@@ -132,7 +132,7 @@ func (h *holdBench) release() []*heldList {
 	return all
 }
 
-func (h *holdBench) window() time.Duration { return h.table.paths[0].out.window(h.table.now(), 0) }
+func (h *holdBench) window() time.Duration { return h.table.paths[0].out.window(h.table.now(), 0, 0) }
 
 func wantVerdict(t *testing.T, what string, got, want verdict) {
 	t.Helper()
@@ -211,7 +211,8 @@ func TestHoldLost(t *testing.T) {
 		v, _ = h.ack(7, echo)
 		wantVerdict(t, "progress", v, pass)
 		v, _ = h.ack(7, echo, 8, 9)
-		wantVerdict(t, "duplicate in recovery", v, pass)
+		// A recovery for nothing needs no duplicates.
+		wantVerdict(t, "duplicate in recovery", v, map[bool]verdict{false: pass, true: held}[spurious])
 		h.flight(10, 12, 105)
 		v, _ = h.ack(10, 105)
 		wantVerdict(t, "end of recovery", v, pass)
@@ -225,6 +226,28 @@ func TestHoldLost(t *testing.T) {
 		h.flight(12, 20, 110)
 		v, _ = h.ack(11, 105, 13, 14)
 		wantVerdict(t, "duplicate after recovery", v, held)
+	}
+}
+
+// Where data lies in queues, segments may be as late as that.
+func TestHoldQueue(t *testing.T) {
+	h := newHoldBench(t, true)
+	h.flight(0, 1, 100)
+	h.pass(2 * time.Millisecond)
+	_, _ = h.ack(1, 100)
+	h.flight(1, 10, 102)
+	h.pass(30 * time.Millisecond)
+	_, _ = h.ack(10, 102)
+	h.flight(10, 20, 132)
+	v, _ := h.ack(10, 102, 11, 12)
+	wantVerdict(t, "duplicate", v, held)
+	h.pass(27 * time.Millisecond)
+	if l := h.release(); len(l) != 0 {
+		t.Error("released although the queue is longer")
+	}
+	h.pass(time.Millisecond)
+	if l := h.release(); len(l) != 1 || l[0].n != 1 {
+		t.Errorf("released %v", l)
 	}
 }
 
@@ -367,8 +390,8 @@ func TestMute(t *testing.T) {
 		if held || strip == false {
 			t.Errorf("progress: held %v, strip %v", held, strip)
 		}
-		if got := h.table.paths[0].in.window(h.table.now(), 0) > holdMin; got == again {
-			t.Errorf("again %v: the window is %v", again, h.table.paths[0].in.window(h.table.now(), 0))
+		if got := h.table.paths[0].in.window(h.table.now(), 0, 0) > holdMin; got == again {
+			t.Errorf("again %v: the window is %v", again, h.table.paths[0].in.window(h.table.now(), 0, 0))
 		}
 	}
 }

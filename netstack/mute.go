@@ -56,7 +56,7 @@ func (t *flowTable) complaintLocked(s *flowSet, f *tcpFlow, p *stack.PacketBuffe
 	}
 	if m.acks == nil {
 		_, path := t.path(f)
-		if m.acks = t.hold.get(s, &f.key, true, now, now+int64(path.window(now, f.rtt))); m.acks == nil {
+		if m.acks = t.hold.get(s, &f.key, true, now, now+int64(path.window(now, f.rtt, 0))); m.acks == nil {
 			m.openUntil(f.high)
 			return false
 		}

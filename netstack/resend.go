@@ -44,8 +44,8 @@ const (
 	hideBurst = 24
 
 	// hideMax is less than gVisor's least retransmission timeout, 200 ms. A
-	// retransmission that was lost is repeated only if there is time for gVisor to
-	// mend it, should that be lost, too.
+	// retransmission that was lost is repeated only if the answer will be here by
+	// then.
 	hideMax = 180 * time.Millisecond
 
 	// hideQueue is by how much the round trip may exceed twice the shortest.
@@ -57,7 +57,7 @@ const (
 	logIdle = time.Second
 
 	logMax   = 8192 // packets kept for a connection
-	maxHoles = 128
+	maxHoles = 512
 )
 
 // sentPacket is a packet in flight, perhaps a super-segment, of [seq, end).
@@ -114,7 +114,7 @@ func (f *tcpFlow) dropLog() {
 
 // logSent keeps p, which holds the new data [seq, end).
 func (f *tcpFlow) logSent(p *stack.PacketBuffer, seq, end uint32, now int64) {
-	if f.hold.open || !f.unaKnown {
+	if !f.unaKnown {
 		return
 	}
 	mss := int(end - seq)
@@ -256,17 +256,18 @@ func (g *sendLog) misses(seq uint32) bool {
 }
 
 // patience is how long after a retransmission it counts as lost.
-func (f *tcpFlow) patience(window time.Duration) int64 {
-	return int64(max(f.rtt, f.lastRTT) + f.rtt/4 + window)
+func (f *tcpFlow) patience(p *reorderPath, now int64) int64 {
+	return int64(max(f.rtt, f.recent.most()) + f.rtt/4 + p.window(now, f.rtt, 0))
 }
 
 // due returns when a hole is to be sent again, at the earliest, or 0.
-func (f *tcpFlow) due(window time.Duration) (at int64) {
+func (f *tcpFlow) due(p *reorderPath, now int64) (at int64) {
+	window, patience := int64(p.window(now, f.rtt, f.recent.most())), f.patience(p, now)
 	for i := range f.log.holes {
 		h := &f.log.holes[i]
-		t := h.seen + int64(window)
+		t := h.seen + window
 		if h.again != 0 {
-			t = h.again + f.patience(window)
+			t = h.again + patience
 		}
 		if at == 0 || t < at {
 			at = t
@@ -282,7 +283,7 @@ func (t *flowTable) watchLocked(s *flowSet, f *tcpFlow, now int64) {
 		return
 	}
 	path, _ := t.path(f)
-	at := f.due(path.window(now, f.rtt))
+	at := f.due(path, now)
 	if f.hold.since == 0 {
 		f.hold.since = now
 	}
@@ -361,19 +362,19 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 		return r, true
 	}
 	path, _ := t.path(f)
-	window := path.window(now, f.rtt)
+	window, patience := int64(path.window(now, f.rtt, f.recent.most())), f.patience(path, now)
 	g := f.log
-	if len(g.holes) == 0 || g.holes[0].start != f.una || f.lastRTT > 2*f.rtt+hideQueue {
+	if len(g.holes) == 0 || g.holes[0].start != f.una || f.recent.least() > 2*f.rtt+hideQueue {
 		f.dropLog()
 		return r, false
 	}
 	n := len(r)
 	for i := range g.holes {
 		h := &g.holes[i]
-		if h.again == 0 && h.seen+int64(window) > now || h.again != 0 && h.again+f.patience(window) > now {
+		if h.again == 0 && h.seen+window > now || h.again != 0 && h.again+patience > now {
 			continue
 		}
-		late := h.again != 0 && now-f.hold.since+f.patience(window)+int64(f.lastRTT) > int64(hideMax)
+		late := h.again != 0 && now-f.hold.since+patience > int64(hideMax)
 		if g.credit -= int(h.end - h.start); late || g.credit < 0 || !f.repeats(h, &r) {
 			for _, x := range r[n:] {
 				x.p.DecRef()
@@ -388,7 +389,7 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 		h.again = now
 		t.counters.mended.Add(1)
 	}
-	t.hold.later(l, now, f.due(window))
+	t.hold.later(l, now, f.due(path, now))
 	return r, true
 }
 

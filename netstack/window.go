@@ -43,6 +43,23 @@ const (
 	budgetUnit = 64
 )
 
+// A connection has no more under way than its path takes, either. Until the first
+// loss nothing else ends the growth of Reno's window, and what exceeds the path
+// stands in a queue, where it is in everybody's way; and if there are several
+// roads, the queue of each delays differently. So a send buffer begins with
+// standingFloor and grows by what is written, as slow start does, until even the
+// shortest of the latest round trips is longer than the shortest ever by half of
+// that and standingQueue. Then it shrinks by as much, and grows again by an eighth of what
+// is written. The floor is a quarter of what Linux may have under way, so that
+// nobody who fills the queue gets the path alone.
+const (
+	standingQueue = 5 * time.Millisecond
+	standingFloor = 1 << 20
+
+	// standingGrain is how many bytes are written between two looks at it.
+	standingGrain = 256 << 10
+)
+
 // windows are the budgets of a Stack.
 type windows struct{ in, out budget }
 
@@ -131,18 +148,25 @@ func (b *budget) divideLocked() {
 
 // sendWindow keeps a connection's send buffer within its share.
 type sendWindow struct {
-	usage usage
-	taken bool // gVisor tunes it no more
+	usage   usage
+	taken   bool // gVisor tunes it no more
+	limit   int  // the least of what the path takes; 0: not known yet
+	slow    bool // limit was too much once
+	written int  // since the last look at the path
 }
 
 // hasWritten is told how much was written. The next thing that is done with the
 // connection's room must be to look whether there is any, since gVisor wakes a
 // writer when the buffer becomes half empty by the size it has then.
-func (w *sendWindow) hasWritten(b *budget, ep tcpip.Endpoint, n int) {
+func (w *sendWindow) hasWritten(b *budget, t *flowTable, k *flowKey, ep tcpip.Endpoint, n int) {
+	w.written += n
 	if !b.moved(&w.usage, n) {
 		return
 	}
-	o, share := ep.SocketOptions(), b.share.Load()
+	if w.written >= standingGrain {
+		w.queue(t.standing(k))
+	}
+	o, share := ep.SocketOptions(), min(b.share.Load(), int64(max(w.limit, standingFloor)))
 	switch now := o.GetSendBufferSize(); {
 	case !w.taken && now > share:
 		// With gVisor's tuning at work a buffer is enlarged again and again; with
@@ -153,6 +177,23 @@ func (w *sendWindow) hasWritten(b *budget, ep tcpip.Endpoint, n int) {
 	case w.taken && now != share:
 		o.SetSendBufferSize(share, false)
 	}
+}
+
+// queue is told of the connection's round trips, the shortest ever and lately, and
+// of the bytes in flight.
+func (w *sendWindow) queue(shortest, lately time.Duration, inFlight int) {
+	least := shortest + shortest/2 + standingQueue
+	switch {
+	case lately > least:
+		w.slow = true
+		w.limit = int(float64(min(w.limit, inFlight)) * max(float64(least)/float64(lately), 0.75))
+	case w.slow:
+		w.limit += w.written / 8
+	default:
+		w.limit += w.written
+	}
+	w.limit = min(max(w.limit, standingFloor), bufferMax)
+	w.written = 0
 }
 
 // receiveWindow keeps a connection's receive buffer within its share.

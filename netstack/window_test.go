@@ -59,6 +59,43 @@ func TestBudget(t *testing.T) {
 	want("one, and 1000 that move little", bufferMax, bufferMax)
 }
 
+// A sender's room grows as slow start does, until a queue stands; it never falls
+// below the floor.
+func TestSendWindowQueue(t *testing.T) {
+	const mib = 1 << 20
+	var w sendWindow
+	look := func(shortest, lately time.Duration, inFlight, written int) int {
+		w.written = written
+		w.queue(shortest, lately, inFlight)
+		return w.limit
+	}
+	if got := look(0, 0, 0, mib/4); got != standingFloor {
+		t.Errorf("at first %d", got)
+	}
+	for range 60 {
+		look(40*time.Millisecond, 50*time.Millisecond, 16*mib, mib/4)
+	}
+	if w.limit != bufferMax {
+		t.Errorf("after 15 MiB without a queue %d, want all", w.limit)
+	}
+	least := 40*time.Millisecond*3/2 + standingQueue
+	if got, want := look(40*time.Millisecond, least*10/9, 10*mib, mib/4), 9*mib; got != want {
+		t.Errorf("a tenth too much: %d, want %d", got, want)
+	}
+	if got, want := look(40*time.Millisecond, 10*least, 10*mib, mib/4), 9*mib*3/4; got != want {
+		t.Errorf("much too much: %d, want %d", got, want)
+	}
+	if got, want := look(40*time.Millisecond, least, 0, mib/4), 9*mib*3/4+mib/32; got != want {
+		t.Errorf("the queue is gone: %d, want %d", got, want)
+	}
+	for range 20 {
+		look(40*time.Millisecond, 10*least, 10*mib, mib/4)
+	}
+	if w.limit != standingFloor {
+		t.Errorf("at last %d, want the floor", w.limit)
+	}
+}
+
 // Small pieces are told together, and none is forgotten.
 func TestBudgetSmallPieces(t *testing.T) {
 	var b budget
