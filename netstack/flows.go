@@ -390,15 +390,14 @@ const (
 )
 
 func (r *roundTrips) add(d time.Duration, now int64, turn time.Duration) {
-	if now-r.began >= int64(turn) {
-		r.lowOld, r.highOld = r.low, r.high
-		if r.began == 0 {
-			r.lowOld, r.highOld = d, d
-		}
-		r.began, r.low, r.high = now, d, d
-		return
+	switch {
+	case r.began == 0:
+		*r = roundTrips{now, d, d, d, d}
+	case now-r.began >= int64(turn):
+		*r = roundTrips{now, d, d, r.low, r.high}
+	default:
+		r.low, r.high = min(r.low, d), max(r.high, d)
 	}
-	r.low, r.high = min(r.low, d), max(r.high, d)
 }
 
 // least is the shortest round trip: if that is long, there is a queue that stands.
