@@ -221,6 +221,21 @@ func (s *Stack) admit(p *packet) bool {
 	}
 }
 
+// headers returns the size of what gVisor is to look at of p: the headers of a TCP
+// packet with data, or else all of it. While gVisor looks at the IP header it holds
+// a reference to the buffer that has it, and so copies all of that buffer when it
+// looks again. The data is to be elsewhere.
+func (p *packet) headers() int {
+	if p.proto != protoTCP || p.frag || len(p.payload()) < header.TCPMinimumSize {
+		return len(p.b)
+	}
+	hl := int(p.payload()[12]>>4) * 4
+	if hl < header.TCPMinimumSize || hl > len(p.payload()) {
+		return len(p.b)
+	}
+	return p.l4 + hl
+}
+
 // deliver hands p, and the payloads of the segments that follow it, size bytes
 // in all, to gVisor as one packet.
 func (d *device) deliver(p *packet, more [][]byte, size int) {
@@ -229,23 +244,35 @@ func (d *device) deliver(p *packet, more [][]byte, size int) {
 		d.counters.dropClosed.Add(uint64(1 + len(more)))
 		return
 	}
-	v := buffer.NewViewSize(size)
-	b := v.AsSlice()
-	copy(b, p.b)
 	proto := header.IPv4ProtocolNumber
 	if !p.v4 {
 		proto = header.IPv6ProtocolNumber
 	}
+	hl := p.headers()
+	head := buffer.NewViewSize(hl)
+	h := head.AsSlice()
+	copy(h, p.b)
 	if len(more) > 0 {
-		join(b, p, more)
+		join(h, p, more, size)
 	}
 	if p.strip {
-		stripSACK(b[p.l4:])
+		stripSACK(h[p.l4:])
 	}
 	if !p.v4 && p.proto == protoICMPv6 && !p.frag {
-		simplifyUnreachable(b[p.l4:])
+		simplifyUnreachable(h[p.l4:])
 	}
-	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(v)})
+	var payload buffer.Buffer
+	if hl < size {
+		v := buffer.NewViewSize(size - hl)
+		b := v.AsSlice()
+		b = b[copy(b, p.b[hl:]):]
+		for _, m := range more {
+			b = b[copy(b, m[hl:]):]
+		}
+		payload = buffer.MakeWithView(v)
+	}
+	_ = payload.Prepend(head) // it can fail only where it copies
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
 	d.counters.delivered.Add(1)
 	(*dispatcher).DeliverNetworkPacket(proto, pkt)
 	pkt.DecRef()

@@ -81,20 +81,15 @@ func (r *run) add(b []byte) bool {
 	return true
 }
 
-// join appends the payloads of more, the segments that a run has counted in,
-// to dst, which begins with the run's first packet and is exactly as long as
-// the joined one, and corrects the header. The TCP checksum stays invalid.
-func join(dst []byte, p *packet, more [][]byte) {
-	hl := p.l4 + int(dst[p.l4+12]>>4)*4
-	at := len(p.b)
-	for _, b := range more {
-		at += copy(dst[at:], b[hl:])
-	}
-	dst[p.l4+13] |= more[len(more)-1][p.l4+13] & flagPSH
+// join corrects h, the IP and TCP header of p, for the packet of size bytes that p
+// makes together with more, the segments that a run has counted in. The TCP
+// checksum stays invalid.
+func join(h []byte, p *packet, more [][]byte, size int) {
+	h[p.l4+13] |= more[len(more)-1][p.l4+13] & flagPSH
 	if p.v4 {
-		binary.BigEndian.PutUint16(dst[2:], uint16(len(dst)))
-		setIPv4Checksum(dst[:p.l4])
+		binary.BigEndian.PutUint16(h[2:], uint16(size))
+		setIPv4Checksum(h[:p.l4])
 		return
 	}
-	binary.BigEndian.PutUint16(dst[4:], uint16(len(dst)-header.IPv6MinimumSize))
+	binary.BigEndian.PutUint16(h[4:], uint16(size-header.IPv6MinimumSize))
 }
