@@ -27,7 +27,7 @@ import (
 // longest makes room, and lacks the two benefits until it sends again.
 
 const (
-	flowSets = 1024
+	flowSets = 4096
 	flowWays = 4
 )
 
