@@ -8,8 +8,8 @@ import (
 )
 
 // What reaches gVisor of a flow is what arrived, in that order, but for plain
-// acknowledgements that a higher one follows, or goes before, with nothing else of
-// the flow between them.
+// acknowledgements of which another one, with nothing else of the flow between
+// them, tells all and more.
 func TestAcksAgainstTwin(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
 	left := 0
@@ -28,11 +28,14 @@ func TestAcksAgainstTwin(t *testing.T) {
 				spec.flags |= flagRST
 			case 2:
 				spec.flags |= flagECE
-			case 3:
-				spec.options = []byte{1, 1, 5, 10, 0, 0, 0, 9, 0, 0, 0, 12}
-			case 4:
+			case 3, 4, 5:
+				start := spec.ack + uint32(rng.IntN(4))*500
+				spec.options = []byte{1, 1, 5, 10}
+				spec.options = binary.BigEndian.AppendUint32(spec.options, start)
+				spec.options = binary.BigEndian.AppendUint32(spec.options, start+uint32(1+rng.IntN(3))*500)
+			case 6:
 				spec.ack -= 1500 // it took another road
-			case 5:
+			case 7:
 				spec.ipOptions = spec.v4
 			}
 			pkts = append(pkts, tcpPacket(spec))
@@ -76,12 +79,33 @@ func byPort(pkts [][]byte) map[uint16][][]byte {
 func ackTwin(pkts [][]byte) (out [][]byte) {
 	gone := make([]bool, len(pkts))
 	waits := map[uint16]int{} // the place of the flow's highest
-	for i, b := range pkts {
+	type ack struct {
+		number uint32
+		bytes  map[uint32]bool // acknowledged by blocks
+	}
+	read := func(b []byte) (port uint16, a ack, plain, options bool) {
 		p, _ := parseIP(b)
 		tcp := p.payload()
-		port, ack := binary.BigEndian.Uint16(tcp), binary.BigEndian.Uint32(tcp[8:])
-		options := p.v4 && p.l4 != 20
-		plain := !options && len(tcp) == 20 && tcp[13] == flagACK
+		a = ack{binary.BigEndian.Uint32(tcp[8:]), map[uint32]bool{}}
+		for o := tcp[20:min(len(tcp), int(tcp[12]>>4)*4)]; len(o) >= 12; o = o[12:] { // one block in each option
+			for s := binary.BigEndian.Uint32(o[4:]); s != binary.BigEndian.Uint32(o[8:]); s++ {
+				a.bytes[s] = true
+			}
+		}
+		options = p.v4 && p.l4 != 20
+		return binary.BigEndian.Uint16(tcp), a, !options && len(tcp) == int(tcp[12]>>4)*4 && tcp[13] == flagACK, options
+	}
+	// knows: a tells all that b does.
+	knows := func(a, b ack) bool {
+		for s := range b.bytes {
+			if int32(s-a.number) >= 0 && !a.bytes[s] {
+				return false
+			}
+		}
+		return int32(a.number-b.number) > 0 || a.number == b.number && len(a.bytes) > 0 && len(b.bytes) > 0
+	}
+	for i, b := range pkts {
+		port, a, plain, options := read(b)
 		at, waiting := waits[port]
 		switch {
 		case options:
@@ -93,10 +117,15 @@ func ackTwin(pkts [][]byte) (out [][]byte) {
 			waits[port] = i
 		case !waiting:
 			waits[port] = i
-		case int32(ack-binary.BigEndian.Uint32(pkts[at][len(pkts[at])-12:])) < 0:
-			gone[i] = true
 		default:
-			gone[at] = binary.BigEndian.Uint32(pkts[at][len(pkts[at])-12:]) != ack
+			_, first, _, _ := read(pkts[at])
+			switch {
+			case knows(a, first):
+				gone[at] = true
+			case knows(first, a) && first.number != a.number:
+				gone[i] = true
+				continue
+			}
 			waits[port] = i
 		}
 	}

@@ -259,7 +259,11 @@ func (t *flowTable) out(p *stack.PacketBuffer, now int64) (held, strip bool) {
 	if again {
 		f.timing = false // Karn's rule
 		f.hold.sentAgain(f, end)
-		f.dropLog()
+		if f.hold.open && f.log != nil {
+			f.log.repeated(seq, end, now, f.tsVal)
+		} else {
+			f.dropLog()
+		}
 	} else {
 		if !f.timing {
 			f.timing, f.timedEnd, f.timedAt = true, end, now

@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"encoding/binary"
+	"slices"
 	"sync"
 	"time"
 
@@ -166,6 +167,34 @@ func (g *sendLog) acked(n int, una uint32, inFlight int) {
 		g.top = una
 	}
 	g.credit = min(g.credit+n/hideShare, hideBurst*g.mss+inFlight/hideShare)
+}
+
+// repeated notes that gVisor, which recovers, has sent [seq, end) again.
+func (g *sendLog) repeated(seq, end uint32, now int64, ts uint32) {
+	for i := 0; i < len(g.holes); i++ {
+		h := g.holes[i]
+		if !before(seq, h.end) || !before(h.start, end) {
+			continue
+		}
+		var parts [3]hole
+		p := parts[:0]
+		if before(h.start, seq) {
+			left := h
+			left.end, h.start = seq, seq
+			p = append(p, left)
+		}
+		right := h
+		if h.again == 0 {
+			h.ts = ts
+		}
+		h.again = now
+		if p = append(p, h); before(end, h.end) {
+			p[len(p)-1].end, right.start = end, end
+			p = append(p, right)
+		}
+		g.holes = slices.Replace(g.holes, i, i+1, p...)
+		i += len(p) - 1
+	}
 }
 
 // reported takes note of SACK blocks. It reports false when there are too many
@@ -368,7 +397,7 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 		f.dropLog()
 		return r, false
 	}
-	n := len(r)
+	n, credit, mended := len(r), g.credit, uint64(0)
 	for i := range g.holes {
 		h := &g.holes[i]
 		if h.again == 0 && h.seen+window > now || h.again != 0 && h.again+patience > now {
@@ -379,6 +408,7 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 			for _, x := range r[n:] {
 				x.p.DecRef()
 			}
+			g.credit = credit // gVisor is told, so nothing is hidden
 			f.dropLog()
 			return r[:n], false
 		}
@@ -387,8 +417,9 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 		}
 		f.hold.sentAgain(f, h.end)
 		h.again = now
-		t.counters.mended.Add(1)
+		mended++
 	}
+	t.counters.mended.Add(mended)
 	t.hold.later(l, now, f.due(path, now))
 	return r, true
 }

@@ -196,6 +196,9 @@ func TestMendGivesUp(t *testing.T) {
 		}
 		h.pass(holdRTT)
 		h.wantDue("57 segments", nil, true)
+		if got := h.flow().logs.credit; got < hideBurst*holdMSS {
+			t.Errorf("of what gVisor is told %d bytes count as hidden", hideBurst*holdMSS-got)
+		}
 		v, _ := h.ack(2, 140, 59, 70)
 		wantVerdict(t, "afterwards", v, pass)
 		// What is sent while gVisor recovers can be mended afterwards.
@@ -205,6 +208,23 @@ func TestMendGivesUp(t *testing.T) {
 		_, _ = h.ack(101, 160, 102, 105)
 		h.pass(holdMax)
 		h.wantDue("after recovery", []uint32{101}, false)
+	})
+	t.Run("what gVisor sends again is not sent twice", func(t *testing.T) {
+		h := mendBench(t)
+		for i := uint32(60); i < 63; i++ {
+			_, _ = h.ack(2, 140, 59, i)
+		}
+		h.pass(holdRTT)
+		h.wantDue("57 segments", nil, true)
+		h.flight(100, 140, 160)
+		_, _ = h.ack(2, 140, 105, 110) // 100 to 104 are missing as well
+		h.pass(holdMax - holdRTT)
+		h.flight(101, 102, 161) // gVisor has seen it, too
+		h.pass(holdRTT)
+		_, _ = h.ack(100, 160, 105, 110) // the end of recovery
+		h.flow().log.credit = hideBurst * holdMSS
+		_, _ = h.ack(100, 160, 105, 111)
+		h.wantDue("afterwards", []uint32{100, 102, 103, 104}, false)
 	})
 	t.Run("again and again", func(t *testing.T) {
 		h := mendBench(t)
