@@ -97,7 +97,10 @@ type flowTable struct {
 	now   func() int64                      // ns, monotonic
 	hold  holder
 	paths [reorderPaths]struct{ out, in reorderPath } // of data sent, of data received
-	many  bool                                        // paths are told apart by the remote address
+	// many: the peers are the tunnel's clients. Their paths are told apart by the
+	// remote address, and they are stacks like this one, so that mute.go has nothing
+	// to do.
+	many bool
 
 	suspect  atomic.Bool
 	counters *counters // the device's
@@ -243,15 +246,17 @@ func (t *flowTable) out(p *stack.PacketBuffer, now int64) (held, strip bool) {
 	if flags&(flagSYN|flagFIN) != 0 {
 		end++
 	}
-	if before(f.ack, ack) {
-		t.filledLocked(f, ack, now)
-	} else if ack == f.ack && end == seq && len(options) > 12 {
-		if held = t.complaintLocked(s, f, p, options, now); held {
-			return held, false
+	if !t.many {
+		if before(f.ack, ack) {
+			t.filledLocked(f, ack, now)
+		} else if ack == f.ack && end == seq && len(options) > 12 {
+			if held = t.complaintLocked(s, f, p, options, now); held {
+				return held, false
+			}
 		}
+		strip = !f.mute.open && len(options) > 12 && flags&flagSYN == 0 && f.mute.withhold(sackBlocks(options), ack)
 	}
 	f.ack = ack
-	strip = !f.mute.open && len(options) > 12 && flags&flagSYN == 0
 	if end == seq {
 		return false, strip
 	}
@@ -446,6 +451,11 @@ func sackBlocks(o []byte) []byte {
 	}
 	b := tcpOption(o, 5)
 	return b[:len(b)&^7]
+}
+
+// blockOf returns the first of SACK blocks.
+func blockOf(b []byte) span {
+	return span{binary.BigEndian.Uint32(b), binary.BigEndian.Uint32(b[4:])}
 }
 
 // tcpOption returns the value of the option of a kind, or nil.

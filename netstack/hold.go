@@ -105,6 +105,11 @@ type heldList struct {
 	n    int
 	size [heldAcks]uint8
 	buf  [heldAcks][ackSize]byte
+
+	// more are blocks that are to be reported, too, when the list is released; said
+	// counts the acknowledgements that do.
+	more spans
+	said [maxHoles]uint8
 }
 
 // next returns the place for an IP packet of n bytes. When the list is full every
@@ -124,6 +129,81 @@ func (l *heldList) next(n int) []byte {
 	return b
 }
 
+// blocks returns the SACK blocks of an acknowledgement of the list.
+func (*heldList) blocks(b []byte) []byte {
+	p, ok := parseIP(b)
+	if !ok {
+		return nil // it was one when it came
+	}
+	tcp := p.payload()
+	return sackBlocks(tcp[header.TCPMinimumSize : int(tcp[12]>>4)*4])
+}
+
+// each calls do with the acknowledgements of the list, and with copies of the last
+// that report what is in more. What an acknowledgement said that was dropped, as one
+// of too many or because of progress, those behind it need not repeat: they have
+// room for three blocks or four. So first comes what none has, since the receiver
+// acts upon each at once. What leaves is said twice (RFC 2018 section 4 wants three
+// times), for it may get lost. b is valid until do returns.
+func (l *heldList) each(do func(b []byte)) {
+	var buf [ackSize]byte
+	l.count()
+	l.report(1, &buf, do)
+	if !l.ours {
+		l.enough()
+	}
+	for i := range l.n {
+		do(l.buf[i][:l.size[i]])
+	}
+	if l.ours {
+		l.report(2, &buf, do)
+	}
+}
+
+// count notes how many acknowledgements report each block of more.
+func (l *heldList) count() {
+	clear(l.said[:])
+	for i := range l.n {
+		for b := l.blocks(l.buf[i][:l.size[i]]); len(b) >= 8; b = b[8:] {
+			x := blockOf(b)
+			for j := range l.more {
+				if x.has(l.more[j]) {
+					l.said[j]++
+				}
+			}
+		}
+	}
+}
+
+// report calls do with copies of the last acknowledgement that report, instead of
+// its own blocks, those of more that were said fewer times than that.
+func (l *heldList) report(times uint8, buf *[ackSize]byte, do func(b []byte)) {
+	if l.n == 0 {
+		return
+	}
+	b := buf[:l.size[l.n-1]]
+	var to []byte // the blocks of b that can still be replaced
+	for j := range l.more {
+		if l.said[j] >= times {
+			continue
+		}
+		if to == nil {
+			copy(b, l.buf[l.n-1][:])
+			to = l.blocks(b)
+		}
+		l.said[j]++
+		binary.BigEndian.PutUint32(to, l.more[j].start)
+		binary.BigEndian.PutUint32(to[4:], l.more[j].end)
+		if to = to[8:]; len(to) < 8 {
+			do(b)
+			to = nil
+		}
+	}
+	if to != nil {
+		do(b)
+	}
+}
+
 // enough makes three duplicates of fewer, since gVisor counts them, while the
 // window has shown by time that the segment is lost (RFC 8985 section 6.2, and
 // RFC 5827 for the few segments of a small window). Each says a little more than
@@ -138,14 +218,9 @@ func (l *heldList) enough() {
 	copy(l.size[more:], l.size[:l.n])
 	for i := range more {
 		l.buf[i], l.size[i] = ack, size
-		p, ok := parseIP(l.buf[i][:size])
-		if !ok {
-			return // it was one when it came
-		}
-		tcp := p.payload()
-		b := sackBlocks(tcp[header.TCPMinimumSize : int(tcp[12]>>4)*4])
-		start, end := binary.BigEndian.Uint32(b), binary.BigEndian.Uint32(b[4:])
-		binary.BigEndian.PutUint32(b[4:], start+uint32(i+1)*((end-start)/dupThreshold))
+		b := l.blocks(l.buf[i][:size])
+		x := blockOf(b)
+		binary.BigEndian.PutUint32(b[4:], x.start+uint32(i+1)*((x.end-x.start)/dupThreshold))
 	}
 	l.n = dupThreshold
 }
@@ -339,12 +414,8 @@ func (t *flowTable) resolvedLocked(f *tcpFlow, ack uint32, options []byte, now i
 // reportsDuplicate reports whether the first SACK block is a DSACK: below the
 // acknowledgement, or inside the second (RFC 2883 section 4).
 func reportsDuplicate(blocks []byte, ack uint32) bool {
-	start, end := binary.BigEndian.Uint32(blocks), binary.BigEndian.Uint32(blocks[4:])
-	if !before(ack, end) {
-		return true
-	}
-	return len(blocks) >= 16 && !before(start, binary.BigEndian.Uint32(blocks[8:])) &&
-		!before(binary.BigEndian.Uint32(blocks[12:]), end)
+	x := blockOf(blocks)
+	return !before(ack, x.end) || len(blocks) >= 16 && blockOf(blocks[8:]).has(x)
 }
 
 // stripSACK overwrites the SACK option of a TCP segment with no-operations.
@@ -394,22 +465,24 @@ func (s *Stack) releaseHeld() {
 		if l == nil {
 			continue
 		}
-		if l.ours {
-			b := s.dev.batch()
-			for i := range l.n {
-				copy(b.next(int(l.size[i])), l.buf[i][:])
-			}
-			b.done()
-		} else {
-			l.enough()
-			for i := range l.n {
-				if p, ok := parseIP(l.buf[i][:l.size[i]]); ok {
-					s.dev.deliver(&p, nil, len(p.b))
-				}
-			}
-		}
+		s.handOver(l)
 		t.hold.put(l)
 	}
+}
+
+// handOver sends the acknowledgements of a list on their way.
+func (s *Stack) handOver(l *heldList) {
+	if l.ours {
+		b := s.dev.batch()
+		l.each(func(ack []byte) { copy(b.next(len(ack)), ack) })
+		b.done()
+		return
+	}
+	l.each(func(ack []byte) {
+		if p, ok := parseIP(ack); ok {
+			s.dev.deliver(&p, nil, len(p.b))
+		}
+	})
 }
 
 // release takes the list from the flow, unless it isn't due any more, and lets
@@ -430,9 +503,14 @@ func (t *flowTable) release(d dueHold) *heldList {
 		return nil
 	}
 	*acks = nil
+	l.more = l.more[:0]
 	if d.ours {
+		l.more = append(l.more, f.mute.untold...)
 		f.mute.openUntil(f.high)
 	} else {
+		if f.log != nil {
+			l.more = f.log.arrived(l.more)
+		}
 		f.openUntil(f.sent)
 	}
 	t.hold.remove(l)

@@ -396,6 +396,58 @@ func TestMute(t *testing.T) {
 	}
 }
 
+// The peers of a stack that forwards wait by themselves.
+func TestMuteForward(t *testing.T) {
+	h := newHoldBench(t, true)
+	h.table.many = true
+	_, _ = h.sent(5, holdISS, 0, holdOptions(100, 500))
+	_, _ = h.got(holdISS+holdMSS, 5, holdMSS, holdOptions(500, 100))
+	for range 2 {
+		if held, strip := h.sent(5, holdISS, 0, holdOptions(100, 500, holdISS+holdMSS, holdISS+2*holdMSS)); held || strip {
+			t.Errorf("held %v, strip %v", held, strip)
+		}
+	}
+}
+
+// What is withheld is said before what is known to have left it out, and what leaves
+// for the network is said twice.
+func TestHeldListEach(t *testing.T) {
+	for _, ours := range []bool{false, true} {
+		h := newHoldBench(t, true)
+		k := flowKey{v4: true}
+		l := h.table.hold.get(nil, &k, ours, 1, 2)
+		tell := func(blocks ...uint32) {
+			ip := make([]byte, header.IPv4MinimumSize+header.TCPMinimumSize)
+			ip[header.IPv4MinimumSize+12] = byte((header.TCPMinimumSize + len(holdOptions(1, 2, blocks...))) / 4 << 4)
+			ip = append(ip, holdOptions(1, 2, blocks...)...)
+			putIPv4(ip, protoTCP, client4, world4, 0, 0)
+			copy(l.next(len(ip)), ip)
+		}
+		tell(90, 91, 80, 85)
+		tell(90, 92, 80, 85)
+		tell(90, 93, 80, 85)
+		l.more = spans{{10, 20}, {30, 40}, {50, 60}, {81, 82}, {90, 93}}
+		var got [][2]span
+		l.each(func(b []byte) {
+			x := l.blocks(b)
+			got = append(got, [2]span{blockOf(x), blockOf(x[8:])})
+		})
+		want := [][2]span{
+			{{10, 20}, {30, 40}},
+			{{50, 60}, {80, 85}},
+			{{90, 91}, {80, 85}},
+			{{90, 92}, {80, 85}},
+			{{90, 93}, {80, 85}},
+		}
+		if ours {
+			want = append(want, [2]span{{10, 20}, {30, 40}}, [2]span{{50, 60}, {90, 93}})
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("ours %v: %v, want %v", ours, got, want)
+		}
+	}
+}
+
 func TestStripSACK(t *testing.T) {
 	tcp := append(make([]byte, header.TCPMinimumSize), holdOptions(1, 2, 3, 4, 5, 6)...)
 	tcp[12] = byte(len(tcp)/4) << 4

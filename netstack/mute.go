@@ -21,9 +21,17 @@ import (
 //	release          the window is over: they leave, and from now on all do,
 //	                 until what had arrived then is acknowledged
 //
-// As long as they don't leave, other packets lack the SACK blocks, too. Evidence
-// of lateness: the segment that filled the hole bears an older timestamp than
-// one behind the hole that came before it, so it was not sent again.
+// As long as they don't leave, other packets lack the SACK blocks, too. What these
+// would have reported, and those that were dropped, is remembered and said when the
+// next are released: gVisor repeats the latest three blocks only, and a peer that
+// was never told of the others takes them for lost, which may be most of a window.
+//
+// Evidence of lateness: the segment that filled the hole bears an older timestamp
+// than one behind the hole that came before it, so it was not sent again.
+//
+// A stack in Forward mode does nothing of this. Its peers are the clients of the
+// tunnel, whose devices wait by themselves, and to wait twice costs time and room
+// in the receive window.
 
 // muteState is a flow's part.
 type muteState struct {
@@ -33,18 +41,38 @@ type muteState struct {
 	// newest is the peer's latest timestamp at that time, if known.
 	newest uint32
 
+	// untold are the blocks that gVisor has reported and the peer may not know of.
+	untold spans
+
 	// open: all leave, until recover is acknowledged.
 	open    bool
 	recover uint32
 }
 
-func (m *muteState) openUntil(high uint32) { m.open, m.recover = true, high }
+// openUntil is called when the peer has been told, or will be at once.
+func (m *muteState) openUntil(high uint32) {
+	m.open, m.recover = true, high
+	m.untold = m.untold[:0]
+}
+
+// withhold remembers the SACK blocks of a segment that acknowledges ack. It
+// reports false if that is too much.
+func (m *muteState) withhold(blocks []byte, ack uint32) bool {
+	for ; len(blocks) >= 8; blocks = blocks[8:] {
+		b := blockOf(blocks)
+		if before(ack, b.start) && before(b.start, b.end) && !m.untold.add(b, maxHoles) {
+			return false
+		}
+	}
+	return true
+}
 
 // complaintLocked decides about p, a segment without data that acknowledges what
 // was acknowledged before.
 func (t *flowTable) complaintLocked(s *flowSet, f *tcpFlow, p *stack.PacketBuffer, options []byte, now int64) (held bool) {
 	n := p.Size()
-	if len(sackBlocks(options)) < 8 || n > ackSize {
+	blocks := sackBlocks(options)
+	if len(blocks) < 8 || n > ackSize {
 		return false
 	}
 	m := &f.mute
@@ -63,6 +91,9 @@ func (t *flowTable) complaintLocked(s *flowSet, f *tcpFlow, p *stack.PacketBuffe
 	}
 	c := cursorOf(p)
 	c.read(m.acks.next(n))
+	if !m.withhold(blocks, f.ack) {
+		t.hold.sooner(m.acks, now, now) // the newest acknowledgement of the list has them
+	}
 	t.counters.heldAcks.Add(1)
 	return true
 }
@@ -70,6 +101,7 @@ func (t *flowTable) complaintLocked(s *flowSet, f *tcpFlow, p *stack.PacketBuffe
 // filledLocked notes that gVisor acknowledges more.
 func (t *flowTable) filledLocked(f *tcpFlow, ack uint32, now int64) {
 	m := &f.mute
+	m.untold.cut(ack)
 	if m.since != 0 {
 		late := m.acks != nil
 		if f.ts {

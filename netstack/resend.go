@@ -29,6 +29,7 @@ import (
 //
 //   - no more than one byte in hideShare of those that arrive, averaged over a
 //     round trip or so. BBR has the same limit (draft-ietf-ccwg-bbr, BBR.LossThresh).
+//     What gVisor is told of doesn't count.
 //   - nothing while the round trip says that a queue is filling up on the path:
 //     then gVisor gets every loss, as it would without all this.
 //   - nothing for so long that gVisor's retransmission timer would run out.
@@ -202,32 +203,45 @@ func (g *sendLog) repeated(seq, end uint32, now int64, ts uint32) {
 func (g *sendLog) reported(blocks []byte, una, sent uint32, now int64) bool {
 	// The lowest first, so that what lies between two blocks of one
 	// acknowledgement is a hole at once and none above it is made twice.
-	var order [4][2]uint32
+	var order [4]span
 	n := 0
 	for ; len(blocks) >= 8 && n < len(order); blocks = blocks[8:] {
-		b := [2]uint32{binary.BigEndian.Uint32(blocks), binary.BigEndian.Uint32(blocks[4:])}
-		if !before(b[0], b[1]) || before(b[0], una) || before(sent, b[1]) {
+		b := blockOf(blocks)
+		if !before(b.start, b.end) || before(b.start, una) || before(sent, b.end) {
 			continue // a DSACK, or nonsense
 		}
 		i := n
-		for ; i > 0 && before(b[0], order[i-1][0]); i-- {
+		for ; i > 0 && before(b.start, order[i-1].start); i-- {
 			order[i] = order[i-1]
 		}
 		order[i] = b
 		n++
 	}
 	for _, b := range order[:n] {
-		if before(b[0], g.top) {
-			g.fill(b[0], b[1])
+		if before(b.start, g.top) {
+			g.fill(b.start, b.end)
 		}
-		if before(g.top, b[0]) {
-			g.holes = append(g.holes, hole{start: g.top, end: b[0], seen: now})
+		if before(g.top, b.start) {
+			g.holes = append(g.holes, hole{start: g.top, end: b.start, seen: now})
+			g.top = b.start
 		}
-		if before(g.top, b[1]) {
-			g.top = b[1]
+		if before(g.top, b.end) {
+			g.top = b.end
 		}
 	}
 	return len(g.holes) <= maxHoles
+}
+
+// arrived appends what is known to have arrived out of order.
+func (g *sendLog) arrived(to spans) spans {
+	for i := range g.holes {
+		end := g.top
+		if i+1 < len(g.holes) {
+			end = g.holes[i+1].start
+		}
+		to = append(to, span{g.holes[i].end, end})
+	}
+	return to
 }
 
 // fill takes [start, end) out of the holes.
@@ -257,20 +271,16 @@ func (g *sendLog) fill(start, end uint32) {
 
 // reportedLocked looks at the SACK blocks of an acknowledgement.
 func (f *tcpFlow) reportedLocked(options []byte, now int64) {
-	g := f.log
-	if g == nil || len(options) <= 12 {
+	if len(options) <= 12 {
 		return
 	}
 	blocks := sackBlocks(options)
-	if len(blocks) == 0 {
-		return
-	}
-	if !g.reported(blocks, f.una, f.sent, now) {
-		f.dropLog()
-		return
-	}
-	if f.timing && !before(g.top, f.timedEnd) && !g.misses(f.timedEnd-1) {
-		f.timed(now)
+	if g := f.log; g != nil && len(blocks) > 0 {
+		if !g.reported(blocks, f.una, f.sent, now) {
+			f.dropLog()
+		} else if f.timing && !before(g.top, f.timedEnd) && !g.misses(f.timedEnd-1) {
+			f.timed(now)
+		}
 	}
 }
 
@@ -392,44 +402,61 @@ func (t *flowTable) mend(d dueHold, r []repeat) (_ []repeat, ok bool) {
 	}
 	path, _ := t.path(f)
 	window, patience := int64(path.window(now, f.rtt, f.recent.most())), f.patience(path, now)
-	g := f.log
-	if len(g.holes) == 0 || g.holes[0].start != f.una || f.recent.least() > 2*f.rtt+hideQueue {
-		f.dropLog()
-		return r, false
+	if !f.hides(window, patience, now) {
+		return r, false // release follows, and ends the log
 	}
-	n, credit, mended := len(r), g.credit, uint64(0)
-	for i := range g.holes {
-		h := &g.holes[i]
-		if h.again == 0 && h.seen+window > now || h.again != 0 && h.again+patience > now {
-			continue
-		}
-		late := h.again != 0 && now-f.hold.since+patience > int64(hideMax)
-		if g.credit -= int(h.end - h.start); late || g.credit < 0 || !f.repeats(h, &r) {
-			for _, x := range r[n:] {
-				x.p.DecRef()
+	for i := range f.log.holes {
+		if h := &f.log.holes[i]; h.waited(window, patience, now) {
+			if h.again == 0 {
+				h.ts = f.tsVal
 			}
-			g.credit = credit // gVisor is told, so nothing is hidden
-			f.dropLog()
-			return r[:n], false
+			r = f.repeats(h, r)
+			f.hold.sentAgain(f, h.end)
+			h.again = now
+			t.counters.mended.Add(1)
 		}
-		if h.again == 0 {
-			h.ts = f.tsVal
-		}
-		f.hold.sentAgain(f, h.end)
-		h.again = now
-		mended++
 	}
-	t.counters.mended.Add(mended)
 	t.hold.later(l, now, f.due(path, now))
 	return r, true
 }
 
-// repeats appends the packets of a hole. It reports false if they aren't there.
-func (f *tcpFlow) repeats(h *hole, r *[]repeat) bool {
+// waited reports whether it is time to send a hole again.
+func (h *hole) waited(window, patience, now int64) bool {
+	if h.again != 0 {
+		return h.again+patience <= now
+	}
+	return h.seen+window <= now
+}
+
+// hides reports whether all that is to be sent again now may be hidden from
+// gVisor, and takes the credit for it.
+func (f *tcpFlow) hides(window, patience, now int64) bool {
 	g := f.log
-	if g.first == len(g.pkts) || before(h.start, g.pkts[g.first].seq) {
+	if f.recent.least() > 2*f.rtt+hideQueue || len(g.holes) == 0 || g.holes[0].start != f.una ||
+		g.first == len(g.pkts) || before(f.una, g.pkts[g.first].seq) {
 		return false
 	}
+	n := 0
+	for i := range g.holes {
+		h := &g.holes[i]
+		if !h.waited(window, patience, now) {
+			continue
+		}
+		if h.again != 0 && now-f.hold.since+patience > int64(hideMax) {
+			return false
+		}
+		n += int(h.end - h.start)
+	}
+	if n > g.credit {
+		return false
+	}
+	g.credit -= n
+	return true
+}
+
+// repeats appends the packets of a hole.
+func (f *tcpFlow) repeats(h *hole, r []repeat) []repeat {
+	g := f.log
 	if f.timing && before(h.start, f.timedEnd) && !before(h.end, f.timedEnd) {
 		f.timing = false // Karn's rule
 	}
@@ -445,12 +472,12 @@ func (f *tcpFlow) repeats(h *hole, r *[]repeat) bool {
 		if before(h.end, to) {
 			to = h.end
 		}
-		*r = append(*r, repeat{
+		r = append(r, repeat{
 			p: s.p.IncRef(), skip: int(from - s.seq), n: int(to - from), mss: g.mss,
 			ack: f.ack, window: f.window, tsVal: f.tsVal, tsE: f.tsE,
 		})
 	}
-	return true
+	return r
 }
 
 // repeat appends segments with the data of x, and gives up its reference. What

@@ -195,9 +195,10 @@ func TestMendGivesUp(t *testing.T) {
 			_, _ = h.ack(2, 140, 59, i)
 		}
 		h.pass(holdRTT)
+		credit := h.flow().log.credit
 		h.wantDue("57 segments", nil, true)
-		if got := h.flow().logs.credit; got < hideBurst*holdMSS {
-			t.Errorf("of what gVisor is told %d bytes count as hidden", hideBurst*holdMSS-got)
+		if left := h.flow().logs.credit; left != credit {
+			t.Errorf("what gVisor was told of has cost %d bytes of credit", credit-left)
 		}
 		v, _ := h.ack(2, 140, 59, 70)
 		wantVerdict(t, "afterwards", v, pass)
@@ -305,6 +306,36 @@ func TestMendGivesUp(t *testing.T) {
 			t.Errorf("%d references to a packet of a connection that is gone", n)
 		}
 	})
+}
+
+// When gVisor is to recover it gets to know all that has arrived, though the
+// acknowledgements that wait, and those without their blocks, say only the latest.
+func TestMendTellsAll(t *testing.T) {
+	h := mendBench(t)
+	var want, got spans
+	var b []uint32
+	for i := uint32(2); i < 96; i += 8 { // each comes with an acknowledgement that moves on
+		from, to := i+4, i+7
+		want.add(span{holdISS + from*holdMSS, holdISS + to*holdMSS}, maxHoles)
+		b = append([]uint32{from, to}, b[:min(len(b), 4)]...)
+		_, _ = h.ack(1+i/32, 140, slices.Clone(b)...)
+	}
+	h.flow().log.credit = 0
+	h.pass(holdRTT)
+	for _, d := range h.table.hold.due(h.table.now(), nil) {
+		if _, ok := h.table.mend(d, nil); ok {
+			t.Error("mended without credit")
+		}
+		l := h.table.release(d)
+		l.each(func(ack []byte) {
+			for b := l.blocks(ack); len(b) >= 8; b = b[8:] {
+				got.add(blockOf(b), maxHoles)
+			}
+		})
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("gVisor knows of %v, want %v", got, want)
+	}
 }
 
 // A part of a super-segment is sent again as it was cut the first time, but for
