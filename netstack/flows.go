@@ -362,7 +362,7 @@ func (t *flowTable) advancedLocked(f *tcpFlow, ack uint32, options []byte, now i
 		if ack == f.sent {
 			f.dropLog()
 		} else {
-			g.acked(int(ack-f.una), ack, int(f.sent-ack))
+			g.acked(ack, int(f.sent-ack))
 		}
 	}
 	f.una = ack

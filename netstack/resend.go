@@ -88,6 +88,7 @@ type sendLog struct {
 
 	mss    int
 	credit int // bytes that may be hidden
+	fresh  int // bytes that have arrived and not been counted yet
 }
 
 // logState is what a flow remembers between two logs.
@@ -145,7 +146,7 @@ func (f *tcpFlow) logSent(p *stack.PacketBuffer, seq, end uint32, now int64) {
 }
 
 // acked lets go what lies before una. in flight are the bytes from there on.
-func (g *sendLog) acked(n int, una uint32, inFlight int) {
+func (g *sendLog) acked(una uint32, inFlight int) {
 	for g.first < len(g.pkts) && !before(una, g.pkts[g.first].end) {
 		g.pkts[g.first].p.DecRef()
 		g.pkts[g.first].p = nil
@@ -158,16 +159,27 @@ func (g *sendLog) acked(n int, una uint32, inFlight int) {
 	}
 	k := 0
 	for k < len(g.holes) && !before(una, g.holes[k].end) {
+		g.fresh += int(g.holes[k].end - g.holes[k].start)
 		k++
 	}
 	g.holes = append(g.holes[:0], g.holes[k:]...)
 	if len(g.holes) > 0 && before(g.holes[0].start, una) {
+		g.fresh += int(una - g.holes[0].start)
 		g.holes[0].start = una
 	}
 	if before(g.top, una) {
+		g.fresh += int(una - g.top)
 		g.top = una
 	}
-	g.credit = min(g.credit+n/hideShare, hideBurst*g.mss+inFlight/hideShare)
+	g.earn(inFlight)
+}
+
+// earn gives credit for what has arrived. That doesn't wait for acknowledgements
+// to pass it: a window that has many holes may arrive behind the first.
+func (g *sendLog) earn(inFlight int) {
+	n := g.fresh / hideShare
+	g.fresh -= n * hideShare
+	g.credit = min(g.credit+n, hideBurst*g.mss+inFlight/hideShare)
 }
 
 // repeated notes that gVisor, which recovers, has sent [seq, end) again.
@@ -226,9 +238,11 @@ func (g *sendLog) reported(blocks []byte, una, sent uint32, now int64) bool {
 			g.top = b.start
 		}
 		if before(g.top, b.end) {
+			g.fresh += int(b.end - g.top)
 			g.top = b.end
 		}
 	}
+	g.earn(int(sent - una))
 	return len(g.holes) <= maxHoles
 }
 
@@ -253,13 +267,17 @@ func (g *sendLog) fill(start, end uint32) {
 			return
 		case !before(start, h.end):
 		case !before(h.start, start) && !before(end, h.end): // all of it
+			g.fresh += int(h.end - h.start)
 			g.holes = append(g.holes[:i], g.holes[i+1:]...)
 			i--
 		case !before(h.start, start):
+			g.fresh += int(end - h.start)
 			h.start = end
 		case !before(end, h.end):
+			g.fresh += int(h.end - start)
 			h.end = start
 		default:
+			g.fresh += int(end - start)
 			rest := *h
 			h.end, rest.start = start, end
 			g.holes = append(g.holes, hole{})
@@ -275,23 +293,16 @@ func (f *tcpFlow) reportedLocked(options []byte, now int64) {
 		return
 	}
 	blocks := sackBlocks(options)
-	if g := f.log; g != nil && len(blocks) > 0 {
-		if !g.reported(blocks, f.una, f.sent, now) {
-			f.dropLog()
-		} else if f.timing && !before(g.top, f.timedEnd) && !g.misses(f.timedEnd-1) {
+	// What is timed may arrive long before it is acknowledged, while gVisor
+	// recovers, too.
+	for b := blocks; f.timing && len(b) >= 8; b = b[8:] {
+		if blockOf(b).has(span{f.timedEnd - 1, f.timedEnd}) {
 			f.timed(now)
 		}
 	}
-}
-
-// misses reports whether a byte is in a hole.
-func (g *sendLog) misses(seq uint32) bool {
-	for i := range g.holes {
-		if h := &g.holes[i]; !before(seq, h.start) && before(seq, h.end) {
-			return true
-		}
+	if g := f.log; g != nil && len(blocks) > 0 && !g.reported(blocks, f.una, f.sent, now) {
+		f.dropLog()
 	}
-	return false
 }
 
 // patience is how long after a retransmission it counts as lost.

@@ -38,7 +38,7 @@ func TestHolesAgainstTwin(t *testing.T) {
 					una++
 				}
 				top = max(top, una)
-				g.acked(n, base+uint32(una), 0)
+				g.acked(base+uint32(una), 0)
 			} else {
 				var b []byte
 				for range 1 + rng.IntN(4) {
@@ -308,6 +308,39 @@ func TestMendGivesUp(t *testing.T) {
 	})
 }
 
+// What has arrived behind the first hole counts, too, for what may be hidden.
+func TestMendFullWindow(t *testing.T) {
+	const n = 4000
+	h := mendBench(t)
+	_, _ = h.ack(100, 140)
+	h.flight(100, n, 180)
+	h.pass(40 * time.Millisecond)
+	var lost, b []uint32
+	for i := uint32(100); i < n-60; i += 60 {
+		lost = append(lost, i)
+		b = append([]uint32{i + 1, i + 60}, b[:min(len(b), 4)]...)
+		_, _ = h.ack(100, 180, slices.Clone(b)...)
+	}
+	h.pass(holdRTT)
+	h.wantDue("one in sixty", lost, false)
+}
+
+// A round trip ends when the segment is reported, also while gVisor recovers and
+// nothing is kept: recovery itself is no sign of a queue.
+func TestMendRoundTrip(t *testing.T) {
+	h := mendBench(t)
+	h.flow().openUntil(h.flow().sent)
+	_, _ = h.ack(50, 140)
+	h.flight(100, 102, 180)
+	h.pass(40 * time.Millisecond)
+	_, _ = h.ack(50, 180, 51, 101)
+	h.pass(100 * time.Millisecond)
+	_, _ = h.ack(102, 180)
+	if got := h.flow().lastRTT; got != 40*time.Millisecond {
+		t.Errorf("the round trip took %v", got)
+	}
+}
+
 // When gVisor is to recover it gets to know all that has arrived, though the
 // acknowledgements that wait, and those without their blocks, say only the latest.
 func TestMendTellsAll(t *testing.T) {
@@ -445,6 +478,6 @@ func BenchmarkLog(b *testing.B) {
 		f.logSent(p, f.sent, f.sent+holdMSS, 1)
 		f.sent += holdMSS
 		f.una += holdMSS
-		f.log.acked(holdMSS, f.una, int(f.sent-f.una))
+		f.log.acked(f.una, int(f.sent-f.una))
 	}
 }
