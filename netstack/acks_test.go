@@ -13,7 +13,7 @@ import (
 func TestAcksAgainstTwin(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
 	left := 0
-	for round := range 3000 {
+	for range 3000 {
 		flows := 1 + rng.IntN(12)
 		numbers := make([]uint32, flows)
 		var pkts [][]byte
@@ -40,22 +40,13 @@ func TestAcksAgainstTwin(t *testing.T) {
 			}
 			pkts = append(pkts, tcpPacket(spec))
 		}
-		want := ackTwin(pkts)
+		inOrder, _ := orderTwin(pkts)
+		want := ackTwin(inOrder)
 		s, c := captureStack()
 		s.Input(pkts)
-		got := byPort(c.got)
-		for port, list := range byPort(want) {
-			if len(got[port]) != len(list) {
-				t.Fatalf("round %d, flow %d: %d packets, want %d", round, port, len(got[port]), len(list))
-			}
-			for i := range list {
-				if !bytes.Equal(got[port][i], list[i]) {
-					t.Fatalf("round %d, flow %d: packet %d is\n%x, want\n%x", round, port, i, got[port][i], list[i])
-				}
-			}
-		}
+		sameFlows(t, c.got, want)
 		if n := int(s.Stats().AcksSuperseded); n != len(pkts)-len(want) || n != len(pkts)-len(c.got) {
-			t.Fatalf("round %d: %d of %d are said to be superseded, %d are left, want %d", round, n, len(pkts), len(c.got), len(want))
+			t.Fatalf("%d of %d are said to be superseded, %d are left, want %d", n, len(pkts), len(c.got), len(want))
 		}
 		left += len(pkts) - len(want)
 	}
@@ -64,36 +55,60 @@ func TestAcksAgainstTwin(t *testing.T) {
 	}
 }
 
-func byPort(pkts [][]byte) map[uint16][][]byte {
-	m := make(map[uint16][][]byte)
+// sameFlows compares what reached gVisor of each flow. Between flows there is no
+// order.
+func sameFlows(t *testing.T, got, want [][]byte) {
+	t.Helper()
+	g, w := byFlow(got), byFlow(want)
+	if len(got) != len(want) {
+		t.Errorf("%d packets, want %d", len(got), len(want))
+	}
+	for key, list := range w {
+		if len(g[key]) != len(list) {
+			t.Fatalf("flow %x: %d packets, want %d", key, len(g[key]), len(list))
+		}
+		for i := range list {
+			if !bytes.Equal(g[key][i], list[i]) {
+				t.Fatalf("flow %x: packet %d of %d is\n%.80x, want\n%.80x", key, i, len(list), g[key][i], list[i])
+			}
+		}
+	}
+}
+
+func byFlow(pkts [][]byte) map[uint32][][]byte {
+	m := make(map[uint32][][]byte)
 	for _, b := range pkts {
-		p, _ := parseIP(b)
-		port := binary.BigEndian.Uint16(p.payload())
-		m[port] = append(m[port], b)
+		m[flowOf(b)] = append(m[flowOf(b)], b)
 	}
 	return m
 }
 
-// ackTwin says the same as gatherer, packet by packet. IP options, and one flow more
-// than are watched, end what waits of all flows.
+// flowOf tells flows apart that tests send: by version and source port.
+func flowOf(b []byte) uint32 {
+	p, _ := parseIP(b)
+	return uint32(b[0]>>4)<<16 | uint32(binary.BigEndian.Uint16(p.payload()))
+}
+
+// ackTwin says the same as gatherer, packet by packet. IP options, fragments, and one
+// flow more than are watched, end what waits of all flows.
 func ackTwin(pkts [][]byte) (out [][]byte) {
 	gone := make([]bool, len(pkts))
-	waits := map[uint16]int{} // the place of the flow's highest
+	waits := map[uint32]int{} // the place of the flow's highest
 	type ack struct {
 		number uint32
 		bytes  map[uint32]bool // acknowledged by blocks
 	}
-	read := func(b []byte) (port uint16, a ack, plain, options bool) {
+	read := func(b []byte) (a ack, plain, options bool) {
 		p, _ := parseIP(b)
 		tcp := p.payload()
 		a = ack{binary.BigEndian.Uint32(tcp[8:]), map[uint32]bool{}}
-		for o := tcp[20:min(len(tcp), int(tcp[12]>>4)*4)]; len(o) >= 12; o = o[12:] { // one block in each option
+		for o := tcp[20:min(len(tcp), int(tcp[12]>>4)*4)]; len(o) >= 12 && o[2] == 5; o = o[12:] { // one block in each option
 			for s := binary.BigEndian.Uint32(o[4:]); s != binary.BigEndian.Uint32(o[8:]); s++ {
 				a.bytes[s] = true
 			}
 		}
-		options = p.v4 && p.l4 != 20
-		return binary.BigEndian.Uint16(tcp), a, !options && len(tcp) == int(tcp[12]>>4)*4 && tcp[13] == flagACK, options
+		options = p.v4 && p.l4 != 20 || p.frag
+		return a, !options && len(tcp) == int(tcp[12]>>4)*4 && tcp[13]&^flagPSH == flagACK, options
 	}
 	// knows: a tells all that b does.
 	knows := func(a, b ack) bool {
@@ -105,20 +120,21 @@ func ackTwin(pkts [][]byte) (out [][]byte) {
 		return int32(a.number-b.number) > 0 || a.number == b.number && len(a.bytes) > 0 && len(b.bytes) > 0
 	}
 	for i, b := range pkts {
-		port, a, plain, options := read(b)
-		at, waiting := waits[port]
+		a, plain, options := read(b)
+		flow := flowOf(b)
+		at, waiting := waits[flow]
 		switch {
 		case options:
 			clear(waits)
 		case !plain:
-			delete(waits, port)
+			delete(waits, flow)
 		case !waiting && len(waits) == gatheredFlows:
 			clear(waits)
-			waits[port] = i
+			waits[flow] = i
 		case !waiting:
-			waits[port] = i
+			waits[flow] = i
 		default:
-			_, first, _, _ := read(pkts[at])
+			first, _, _ := read(pkts[at])
 			switch {
 			case knows(a, first):
 				gone[at] = true
@@ -126,7 +142,7 @@ func ackTwin(pkts [][]byte) (out [][]byte) {
 				gone[i] = true
 				continue
 			}
-			waits[port] = i
+			waits[flow] = i
 		}
 	}
 	for i, b := range pkts {

@@ -168,7 +168,10 @@ func (s *Stack) Input(pkts [][]byte) {
 			}
 			size = r.size
 		}
-		if p.proto == protoTCP && !p.frag {
+		switch {
+		case p.frag:
+			o.acks.flush(d)
+		case p.proto == protoTCP:
 			v, strip := d.flows.in(&p, size-len(p.b), now)
 			p.strip = strip
 			switch v {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"slices"
 	"testing"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -159,9 +158,9 @@ func joinTwin(pkts [][]byte) [][]byte {
 }
 
 // orderTwin is the obvious implementation of the order in which Input takes
-// segments: as long as a segment with data precedes one of its flow that belongs
-// before it, the nearest two such change places. It returns the number of flows,
-// too.
+// segments: those of a flow that have data come together, where the first of them
+// was, and as long as one precedes one that belongs before it, these two change
+// places. It returns the number of flows, too.
 func orderTwin(pkts [][]byte) ([][]byte, int) {
 	type seg struct {
 		flow string
@@ -185,27 +184,37 @@ func orderTwin(pkts [][]byte) ([][]byte, int) {
 		return s, len(tcp) > int(tcp.DataOffset()) && f&header.TCPFlagAck != 0 &&
 			f&(header.TCPFlagSyn|header.TCPFlagRst|header.TCPFlagUrg) == 0
 	}
-	out := slices.Clone(pkts)
-	flows := make(map[string]bool)
-	for again := true; again; {
-		again = false
-		last := make(map[string]int) // place of the flow's segment before
-		for i := range out {
-			s, ok := read(out[i])
-			if !ok {
-				continue
-			}
-			flows[s.flow] = true
-			if j, ok := last[s.flow]; ok {
-				if before, _ := read(out[j]); int32(s.seq-before.seq) < 0 {
-					out[i], out[j] = out[j], out[i]
+	flows := make(map[string][][]byte)
+	for _, b := range pkts {
+		if s, ok := read(b); ok {
+			flows[s.flow] = append(flows[s.flow], b)
+		}
+	}
+	for _, f := range flows {
+		for again := true; again; {
+			again = false
+			for i := range f[1:] {
+				x, _ := read(f[i])
+				y, _ := read(f[i+1])
+				if int32(y.seq-x.seq) < 0 {
+					f[i], f[i+1] = f[i+1], f[i]
 					again = true
 				}
 			}
-			last[s.flow] = i
 		}
 	}
-	return out, len(flows)
+	n := len(flows)
+	var out [][]byte
+	for _, b := range pkts {
+		s, ok := read(b)
+		if !ok {
+			out = append(out, b)
+			continue
+		}
+		out = append(out, flows[s.flow]...)
+		delete(flows, s.flow)
+	}
+	return out, n
 }
 
 // randomSegments makes a batch in which most neighbours belong together and
@@ -289,15 +298,8 @@ func TestJoinAgainstTwin(t *testing.T) {
 		}
 		s, c := captureStack()
 		s.Input(pkts)
-		want := joinTwin(inOrder)
-		if len(c.got) != len(want) {
-			t.Fatalf("round %d: %d packets, want %d", round, len(c.got), len(want))
-		}
-		for i := range want {
-			if !bytes.Equal(c.got[i], want[i]) {
-				t.Fatalf("round %d: packet %d of %d is\n%x, want\n%x", round, i, len(want), c.got[i], want[i])
-			}
-		}
+		want := joinTwin(ackTwin(inOrder))
+		sameFlows(t, c.got, want)
 		for i := range pkts {
 			if !bytes.Equal(pkts[i], before[i]) {
 				t.Fatalf("round %d: Input changed packet %d", round, i)
@@ -307,6 +309,48 @@ func TestJoinAgainstTwin(t *testing.T) {
 	}
 	if joined < 10000 {
 		t.Errorf("only %d segments were joined", joined)
+	}
+}
+
+// Segments of many flows lie between each other: those that are watched are put
+// together, and of each flow all arrives.
+func TestJoinManyFlows(t *testing.T) {
+	for _, flows := range []int{2, orderedFlows, orderedFlows + 10} {
+		rng := rand.New(rand.NewPCG(7, uint64(flows)))
+		const each = 6
+		var pkts [][]byte
+		for n := range flows * each {
+			spec := tcpSpec{v4: n%2 == 0, ttl: 64, sport: uint16(n % flows), seq: uint32(n / flows * 100), flags: flagACK, window: 9}
+			spec.payload = make([]byte, 100)
+			(&pattern{at: uint64(spec.seq)}).fill(spec.payload)
+			spec.v4 = spec.sport%2 == 0
+			pkts = append(pkts, tcpPacket(spec))
+		}
+		if flows <= orderedFlows {
+			rng.Shuffle(len(pkts), func(i, j int) { pkts[i], pkts[j] = pkts[j], pkts[i] })
+		}
+		s, c := captureStack()
+		s.Input(pkts)
+		if want := min(flows, orderedFlows) + max(flows-orderedFlows, 0)*each; len(c.got) != want {
+			t.Errorf("%d flows: %d packets, want %d", flows, len(c.got), want)
+		}
+		total := 0
+		for _, b := range c.got {
+			p, ok := parseIP(b)
+			if !ok {
+				t.Fatal("not an IP packet")
+			}
+			data := p.payload()[20:]
+			total += len(data)
+			want := make([]byte, len(data))
+			(&pattern{at: uint64(binary.BigEndian.Uint32(p.payload()[4:]))}).fill(want)
+			if !bytes.Equal(data, want) {
+				t.Fatalf("%d flows: flow %x is not what was sent", flows, flowOf(b))
+			}
+		}
+		if total != flows*each*100 {
+			t.Errorf("%d flows: %d bytes, want %d", flows, total, flows*each*100)
+		}
 	}
 }
 
