@@ -85,13 +85,13 @@ func (a *plainAck) supersedes(b *plainAck) bool {
 		return false
 	}
 	for x := b.blocks; len(x) >= 8; x = x[8:] {
-		start, end := binary.BigEndian.Uint32(x), binary.BigEndian.Uint32(x[4:])
-		known := !before(a.number, end)
-		if before(start, a.number) {
-			start = a.number
+		said := blockOf(x)
+		if before(said.start, a.number) {
+			said.start = a.number
 		}
+		known := !before(a.number, said.end)
 		for y := a.blocks; len(y) >= 8 && !known; y = y[8:] {
-			known = !before(start, binary.BigEndian.Uint32(y)) && !before(binary.BigEndian.Uint32(y[4:]), end)
+			known = blockOf(y).has(said)
 		}
 		if !known {
 			return false

@@ -36,7 +36,8 @@ import (
 //
 // Beyond, the acknowledgements are released and gVisor recovers in its way. It
 // has kept everything and knows nothing of the device's copies, so they may be
-// dropped at any time. The peer's acknowledgements are never changed or invented.
+// dropped at any time. Nothing is said to gVisor that the peer hasn't acknowledged or
+// reported before.
 
 const (
 	hideShare = 50
