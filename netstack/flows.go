@@ -415,20 +415,27 @@ func (r *roundTrips) least() time.Duration { return min(r.low, r.lowOld) }
 // most is the longest.
 func (r *roundTrips) most() time.Duration { return max(r.high, r.highOld) }
 
-// standing is what a sender wants to know of its queue: the shortest round trip
-// ever and lately, 0 if none was measured, and the bytes in flight.
-func (t *flowTable) standing(k *flowKey) (shortest, lately time.Duration, inFlight int) {
+// pathState is what a sender wants to know of its path.
+type pathState struct {
+	shortest, lately time.Duration // the shortest round trip ever, and lately; 0: none was measured
+	inFlight         int           // bytes
+	reorders         bool
+}
+
+// state returns what is known of the path of a connection.
+func (t *flowTable) state(k *flowKey) (p pathState) {
 	s := t.set(k, false)
 	if s == nil {
-		return 0, 0, 0
+		return p
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f := s.findLocked(k)
 	if f == nil {
-		return 0, 0, 0
+		return p
 	}
-	return f.rtt, f.recent.least(), int(f.sent - f.una)
+	out, _ := t.path(f)
+	return pathState{f.rtt, f.recent.least(), int(f.sent - f.una), out.reorders(t.now())}
 }
 
 // timestamps returns TSval and TSecr of the options of a TCP segment (RFC 7323

@@ -572,6 +572,14 @@ func (p *reorderPath) window(now int64, rtt, most time.Duration) time.Duration {
 	return min(max(d+d/4+holdMin, min(rtt/4, holdRTT), most-rtt), holdMax)
 }
 
+// reorders reports whether segments were late lately.
+func (p *reorderPath) reorders(now int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.turnLocked(now)
+	return max(p.now, p.old) > 0
+}
+
 // path is the flow's, for what we send and for what we receive: all flows of a
 // client share the tunnel, on a server those of one client do.
 func (t *flowTable) path(f *tcpFlow) (out, in *reorderPath) {

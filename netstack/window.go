@@ -43,16 +43,18 @@ const (
 	budgetUnit = 64
 )
 
-// A connection has no more under way than its path takes, either. Until the first
-// loss nothing else ends the growth of Reno's window, and what exceeds the path
-// stands in a queue, where it is in everybody's way; and if there are several
-// roads, the queue of each delays differently. So a send buffer begins with
-// standingFloor and grows by what is written, as slow start does, until even the
-// shortest of the latest round trips is longer than the shortest ever by half of
-// that and standingQueue. Then it shrinks by as much, and grows again by an eighth of what
-// is written. The floor is a quarter of what Linux may have under way, so that
-// nobody who fills the queue gets the path alone.
+// On a long path, or one that reorders, a connection has no more under way than the
+// path takes, either. Until the first loss nothing else ends the growth of Reno's
+// window, and what exceeds the path stands in a queue, which delays the answer to
+// losses; and if there are several roads, the queue of each delays differently. So a
+// send buffer begins with standingFloor and grows by what is written, as slow start
+// does, until even the shortest of the latest round trips is longer than the
+// shortest ever by half of that and standingQueue. Then it shrinks by as much, and
+// grows again by an eighth of what is written. The floor is a quarter of what Linux
+// may have under way, so that nobody who fills the queue gets the path alone. On a
+// short path with one road the queue is what keeps both ends busy.
 const (
+	standingPath  = 5 * time.Millisecond // a longer one is long
 	standingQueue = 5 * time.Millisecond
 	standingFloor = 1 << 20
 
@@ -150,7 +152,7 @@ func (b *budget) divideLocked() {
 type sendWindow struct {
 	usage   usage
 	taken   bool // gVisor tunes it no more
-	limit   int  // the least of what the path takes; 0: not known yet
+	limit   int  // what the path takes; 0: no matter
 	slow    bool // limit was too much once
 	written int  // since the last look at the path
 }
@@ -164,9 +166,12 @@ func (w *sendWindow) hasWritten(b *budget, t *flowTable, k *flowKey, ep tcpip.En
 		return
 	}
 	if w.written >= standingGrain {
-		w.queue(t.standing(k))
+		w.queue(t.state(k))
 	}
-	o, share := ep.SocketOptions(), min(b.share.Load(), int64(max(w.limit, standingFloor)))
+	o, share := ep.SocketOptions(), b.share.Load()
+	if w.limit != 0 {
+		share = min(share, int64(w.limit))
+	}
 	switch now := o.GetSendBufferSize(); {
 	case !w.taken && now > share:
 		// With gVisor's tuning at work a buffer is enlarged again and again; with
@@ -179,14 +184,19 @@ func (w *sendWindow) hasWritten(b *budget, t *flowTable, k *flowKey, ep tcpip.En
 	}
 }
 
-// queue is told of the connection's round trips, the shortest ever and lately, and
-// of the bytes in flight.
-func (w *sendWindow) queue(shortest, lately time.Duration, inFlight int) {
-	least := shortest + shortest/2 + standingQueue
+// queue is told of the connection's path.
+func (w *sendWindow) queue(p pathState) {
+	least := p.shortest + p.shortest/2 + standingQueue
 	switch {
-	case lately > least:
+	case p.shortest <= standingPath && !p.reorders:
+		w.limit, w.slow, w.written = 0, false, 0
+		return
+	case p.lately > least:
+		if w.limit == 0 || p.inFlight < w.limit {
+			w.limit = p.inFlight
+		}
 		w.slow = true
-		w.limit = int(float64(min(w.limit, inFlight)) * max(float64(least)/float64(lately), 0.75))
+		w.limit = int(float64(w.limit) * max(float64(least)/float64(p.lately), 0.75))
 	case w.slow:
 		w.limit += w.written / 8
 	default:

@@ -66,17 +66,27 @@ func TestSendWindowQueue(t *testing.T) {
 	var w sendWindow
 	look := func(shortest, lately time.Duration, inFlight, written int) int {
 		w.written = written
-		w.queue(shortest, lately, inFlight)
+		w.queue(pathState{shortest: shortest, lately: lately, inFlight: inFlight})
 		return w.limit
 	}
-	if got := look(0, 0, 0, mib/4); got != standingFloor {
-		t.Errorf("at first %d", got)
+	if got := look(0, 0, 0, mib/4); got != 0 {
+		t.Errorf("nothing is known: %d", got)
 	}
-	for range 60 {
+	if got := look(time.Millisecond, 30*time.Millisecond, 10*mib, mib/4); got != 0 {
+		t.Errorf("a short path: %d", got)
+	}
+	w.queue(pathState{shortest: time.Millisecond, lately: time.Millisecond, inFlight: mib, reorders: true})
+	if w.limit != standingFloor {
+		t.Errorf("a short path that reorders: %d", w.limit)
+	}
+	if got := look(time.Millisecond, 30*time.Millisecond, 10*mib, mib/4); got != 0 {
+		t.Errorf("it reorders no more: %d", got)
+	}
+	for range 64 {
 		look(40*time.Millisecond, 50*time.Millisecond, 16*mib, mib/4)
 	}
 	if w.limit != bufferMax {
-		t.Errorf("after 15 MiB without a queue %d, want all", w.limit)
+		t.Errorf("after 16 MiB without a queue %d, want all", w.limit)
 	}
 	least := 40*time.Millisecond*3/2 + standingQueue
 	if got, want := look(40*time.Millisecond, least*10/9, 10*mib, mib/4), 9*mib; got != want {
