@@ -131,7 +131,7 @@ func acceptLoop(l net.Listener, handle func(net.Conn)) error {
 	for {
 		c, err := l.Accept()
 		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
-			<-time.After(10 * time.Millisecond) // some of those that ended without a word will be noticed
+			pause(10 * time.Millisecond) // some of those that ended without a word will be noticed
 			continue
 		}
 		if err != nil {
