@@ -204,7 +204,6 @@ func (b *batch) cut(c *cursor, ipLen, hdrLen, dataLen, mss int, strip bool) {
 	if strip {
 		stripSACK(tcp)
 	}
-	v4 := h[0]>>4 == 4
 	id := binary.BigEndian.Uint16(h[4:])
 	seq := binary.BigEndian.Uint32(tcp[4:])
 	flags := tcp[13]
@@ -218,21 +217,27 @@ func (b *batch) cut(c *cursor, ipLen, hdrLen, dataLen, mss int, strip bool) {
 			f &^= flagFIN | flagPSH
 		}
 		tcp[13] = f
-		binary.BigEndian.PutUint32(tcp[4:], seq)
-		if v4 {
-			binary.BigEndian.PutUint16(h[2:], uint16(hdrLen+n))
-			binary.BigEndian.PutUint16(h[4:], id)
-			setIPv4Checksum(h[:ipLen])
-			id++
-		} else {
-			binary.BigEndian.PutUint16(h[4:], uint16(hdrLen+n-header.IPv6MinimumSize))
-		}
-		p := b.next(hdrLen + n)
-		copy(p, h)
-		c.read(p[hdrLen:])
+		b.segment(c, h, ipLen, seq, id, n)
+		id++
 		done += n
 		seq += uint32(n)
 	}
+}
+
+// segment appends a segment with n bytes of payload from c. In its IP and TCP
+// header, h, it sets what differs from one segment to the next; id is IPv4's.
+func (b *batch) segment(c *cursor, h []byte, ipLen int, seq uint32, id uint16, n int) {
+	binary.BigEndian.PutUint32(h[ipLen+4:], seq)
+	if h[0]>>4 == 4 {
+		binary.BigEndian.PutUint16(h[2:], uint16(len(h)+n))
+		binary.BigEndian.PutUint16(h[4:], id)
+		setIPv4Checksum(h[:ipLen])
+	} else {
+		binary.BigEndian.PutUint16(h[4:], uint16(len(h)+n-header.IPv6MinimumSize))
+	}
+	p := b.next(len(h) + n)
+	copy(p, h)
+	c.read(p[len(h):])
 }
 
 // setIPv4Checksum computes the checksum of an IPv4 header in place.

@@ -64,7 +64,6 @@ type tcpFlow struct {
 	// rtt is the shortest round trip seen, 0 if none. timing: the acknowledgement
 	// of timedEnd, sent at timedAt, will tell another.
 	rtt      time.Duration
-	lastRTT  time.Duration // the latest
 	recent   roundTrips
 	timing   bool
 	timedEnd uint32
@@ -379,11 +378,11 @@ func (t *flowTable) advancedLocked(f *tcpFlow, ack uint32, options []byte, now i
 // timed notes that the timed data has arrived.
 func (f *tcpFlow) timed(now int64) {
 	f.timing = false
-	f.lastRTT = time.Duration(now - f.timedAt)
-	if f.rtt == 0 || f.lastRTT < f.rtt {
-		f.rtt = f.lastRTT
+	d := time.Duration(now - f.timedAt)
+	if f.rtt == 0 || d < f.rtt {
+		f.rtt = d
 	}
-	f.recent.add(f.lastRTT, now, min(max(4*f.rtt, rttTurnMin), rttTurnMax))
+	f.recent.add(d, now, min(max(4*f.rtt, rttTurnMin), rttTurnMax))
 }
 
 // roundTrips is the range of the round trips of the last turn and this one.

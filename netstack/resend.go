@@ -519,18 +519,8 @@ func (b *batch) repeat(x *repeat) {
 	tcp[13] &^= flagCWR | flagPSH
 	for x.n > 0 {
 		n := min(x.mss, x.n)
-		binary.BigEndian.PutUint32(tcp[4:], seq)
-		if h[0]>>4 == 4 {
-			binary.BigEndian.PutUint16(h[2:], uint16(hdrLen+n))
-			binary.BigEndian.PutUint16(h[4:], id)
-			setIPv4Checksum(h[:ipLen])
-			id++
-		} else {
-			binary.BigEndian.PutUint16(h[4:], uint16(hdrLen+n-header.IPv6MinimumSize))
-		}
-		p := b.next(hdrLen + n)
-		copy(p, h)
-		c.read(p[hdrLen:])
+		b.segment(&c, h, ipLen, seq, id, n)
+		id++
 		seq += uint32(n)
 		x.n -= n
 	}

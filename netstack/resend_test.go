@@ -336,7 +336,7 @@ func TestMendRoundTrip(t *testing.T) {
 	_, _ = h.ack(50, 180, 51, 101)
 	h.pass(100 * time.Millisecond)
 	_, _ = h.ack(102, 180)
-	if got := h.flow().lastRTT; got != 40*time.Millisecond {
+	if got := h.flow().recent.most(); got != 40*time.Millisecond {
 		t.Errorf("the round trip took %v", got)
 	}
 }
