@@ -24,7 +24,6 @@ const growthBatch = 64
 type growthRig struct {
 	*Server
 	in       *receiver
-	fromDev  inBatch
 	sessions []*session.Granted // each client's side
 	ends     []udp.Endpoint     // where it is
 	public   []netip.AddrPort   // one of its ports
@@ -263,7 +262,7 @@ func (r *growthRig) send(b *testing.B, l growthLoad) {
 			}
 		}
 		start := time.Now()
-		r.egress.(*tunEgress).fromDevice(&r.fromDev, bufs)
+		r.egress.(*tunEgress).fromDevice(bufs)
 		took += time.Since(start)
 	}
 	if n := r.Stats().SentPackets - before; n != uint64(sent) {

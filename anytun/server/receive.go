@@ -19,6 +19,7 @@ import (
 //	route       spoofed, service, egress or another client
 //	deliver     the whole batch at once to the egress; packets for other
 //	            clients are sealed again where they lie
+//	poll        what the tun device has by now, for the other direction
 //
 // Handshakes go to handshakeLoop through a bounded queue (handshake.go).
 
@@ -36,6 +37,7 @@ type receiver struct {
 
 func (s *Server) receiveLoop(conn udp.Conn) error {
 	r := &receiver{Server: s, conn: conn}
+	device, _ := s.egress.(*tunEgress)
 	for {
 		groups, err := conn.ReadBatch()
 		if err != nil {
@@ -54,6 +56,9 @@ func (s *Server) receiveLoop(conn udp.Conn) error {
 		}
 		if len(r.peers) > 0 {
 			s.output(r.peers)
+		}
+		if device != nil {
+			device.poll()
 		}
 	}
 }

@@ -39,14 +39,13 @@ func BenchmarkTunIn(b *testing.B) {
 		list[i] = room(len(fresh))
 		copy(inside(list[i]), fresh)
 	}
-	in := new(inBatch)
 	b.SetBytes(int64(batch * len(fresh)))
 	b.ReportAllocs()
 	for b.Loop() {
 		for _, p := range list {
 			copy(inside(p)[:28], fresh)
 		}
-		e.fromDevice(in, list)
+		e.fromDevice(list)
 	}
 	if got != b.N*batch {
 		b.Fatalf("%d of %d packets: %v", got, b.N*batch, e.stats().Drops)

@@ -54,6 +54,13 @@ type Device interface {
 	Close() error
 }
 
+// tryReader is a Device that can be asked without waiting. handle gets what
+// ReadBatch would return now, unless there is nothing or its last batch is in
+// use. The packets are valid until handle returns.
+type tryReader interface {
+	TryRead(handle func(pkts [][]byte))
+}
+
 const (
 	// Bounds of reassembly, for each direction.
 	fragmentBytes   = 8 << 20
@@ -87,6 +94,10 @@ type tunEgress struct {
 	scratch sync.Pool // of *outBatch
 	count   tunCounters
 
+	tryReader tryReader           // the device, or nil
+	in        inBatch             // of who reads from the device
+	handle    func(pkts [][]byte) // fromDevice, bound once
+
 	outFragments, inFragments *packet.Reassembler
 	fragmentID                atomic.Uint32 // of datagrams that are cut here
 
@@ -100,6 +111,8 @@ func newTunEgress(c tunConfig) *tunEgress {
 	limits := packet.ReassemblyLimits{Bytes: fragmentBytes, Timeout: fragmentTimeout}
 	e.outFragments, e.inFragments = packet.NewReassembler(limits), packet.NewReassembler(limits)
 	e.fragmentID.Store(rand.Uint32()) // so that a server that starts again doesn't repeat itself
+	e.tryReader, _ = c.Device.(tryReader)
+	e.handle = e.fromDevice
 	e.scratch.New = func() any { return new(outBatch) }
 	return e
 }
@@ -181,7 +194,6 @@ func (n *news) Mappings(yield func(registry.Mapping) bool) {
 
 // readLoop takes packets from the kernel until the device is closed.
 func (e *tunEgress) readLoop() error {
-	b := new(inBatch)
 	for {
 		bufs, err := e.Device.ReadBatch()
 		if err != nil {
@@ -190,12 +202,25 @@ func (e *tunEgress) readLoop() error {
 			}
 			return err
 		}
-		e.fromDevice(b, bufs)
+		e.fromDevice(bufs)
 	}
 }
 
-// fromDevice handles one batch.
-func (e *tunEgress) fromDevice(b *inBatch, bufs [][]byte) {
+// poll does readLoop's work once, if there is some and readLoop isn't at it.
+//
+// A receiveLoop that always finds datagrams calls it in between. It would else
+// keep readLoop from running where Go code has a single processor: while anything
+// runs there, the runtime looks for readable files only every 10 ms, and by then
+// the device's queue has overflowed.
+func (e *tunEgress) poll() {
+	if e.tryReader != nil {
+		e.tryReader.TryRead(e.handle)
+	}
+}
+
+// fromDevice handles one batch, for one caller at a time.
+func (e *tunEgress) fromDevice(bufs [][]byte) {
+	b := &e.in
 	b.out, b.replies = b.out[:0], b.replies[:0]
 	b.packets, b.bytes = 0, 0
 	b.flows.begin()

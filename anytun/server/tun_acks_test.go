@@ -57,7 +57,7 @@ func (r *tunRig) fromKernel(pkts [][]byte) (kept []int) {
 			kept = append(kept, slices.IndexFunc(given, func(g []byte) bool { return &g[0] == &b[0] }))
 		}
 	}
-	e.fromDevice(new(inBatch), bufs)
+	e.fromDevice(bufs)
 	e.Output = output
 	return kept
 }

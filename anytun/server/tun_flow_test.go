@@ -155,7 +155,7 @@ func TestTunBatchTwin(t *testing.T) {
 				if outward {
 					r.Input(list)
 				} else {
-					r.fromDevice(new(inBatch), list)
+					r.fromDevice(list)
 				}
 			}
 			slow := func() {

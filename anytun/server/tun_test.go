@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/anytun-go/anytun/anytun/portblock"
 	"github.com/anytun-go/anytun/anytun/registry"
 	"github.com/anytun-go/anytun/anytun/session"
+	"github.com/anytun-go/anytun/anytun/udp"
 	"github.com/anytun-go/anytun/anytun/wire"
 )
 
@@ -119,7 +121,7 @@ func (r *tunRig) in(p []byte) [][]byte {
 	r.host.out, r.host.in = nil, nil
 	buf := room(len(p))
 	copy(inside(buf), p)
-	r.fromDevice(new(inBatch), [][]byte{buf})
+	r.fromDevice([][]byte{buf})
 	return r.host.in
 }
 
@@ -707,3 +709,69 @@ type discard struct{}
 func (discard) ReadBatch() ([][]byte, error) { return nil, net.ErrClosed }
 func (discard) WriteBatch([][]byte)          {}
 func (discard) Close() error                 { return nil }
+
+// rush is an outer socket that always has something to read, were it rubbish.
+type rush struct {
+	closed atomic.Bool
+	sent   chan int
+}
+
+func (r *rush) ReadBatch() ([]udp.Group, error) {
+	if r.closed.Load() {
+		return nil, net.ErrClosed
+	}
+	return []udp.Group{{Packets: [][]byte{{0}}}}, nil
+}
+
+func (r *rush) WriteBatch(pkts [][]byte, _ udp.Endpoint) error {
+	select {
+	case r.sent <- len(pkts):
+	default:
+	}
+	return nil
+}
+
+func (*rush) LocalAddr() netip.AddrPort { return netip.MustParseAddrPort("203.0.113.1:4444") }
+func (r *rush) Close() error            { r.closed.Store(true); return nil }
+
+// lazyDevice has packets that its reader never gets to see.
+type lazyDevice struct {
+	tunHost
+	waiting []byte
+}
+
+func (d *lazyDevice) TryRead(handle func([][]byte)) {
+	if d.waiting != nil {
+		handle([][]byte{d.waiting})
+		d.waiting = nil
+	}
+}
+
+// A socket that always has datagrams must not keep the device waiting.
+func TestReceiveLoopPollsTheDevice(t *testing.T) {
+	conn := &rush{sent: make(chan int, 1)}
+	fresh := datagram(packet.UDP, netip.AddrPortFrom(testWorld, 80), netip.AddrPortFrom(tunEgress4, port2), 100)
+	device := &lazyDevice{tunHost: tunHost{closed: make(chan struct{})}, waiting: room(len(fresh))}
+	copy(inside(device.waiting), fresh)
+	r := newServerRig(t, withDevice(t), func(c *Config) { c.Conns, c.Device = []udp.Conn{conn}, device })
+	g := granted(t, r.cluster, 2, time.Now())
+	(*news)(r.Server).Location(registry.Location{
+		Client: 2, Session: g.SessionID, Epoch: byte(g.Epoch), Counter: 1, Local: testService,
+		Endpoint: netip.MustParseAddrPort("10.0.0.1:1"),
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	select {
+	case n := <-conn.sent:
+		if n != 1 {
+			t.Errorf("%d packets were sent, want 1", n)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the device's packet was never read")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

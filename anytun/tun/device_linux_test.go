@@ -2,11 +2,13 @@ package tun
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -134,6 +136,85 @@ func TestConcurrent(t *testing.T) {
 		t.Error(err)
 	}
 	all.Wait()
+}
+
+// TestTryRead reads with two readers, of which one waits. Their batches must come
+// in order, and one at a time.
+func TestTryRead(t *testing.T) {
+	s := newSpace(t)
+	d := s.open(Config{Name: "tun0"})
+	s.run("ip addr add 10.0.0.1/24 dev tun0")
+	c := s.dialUDP("10.0.0.2:9")
+	const bursts, burst = 400, 50
+	sent := uint32(0)
+	send := func(n int) {
+		for range n {
+			if _, err := c.Write(binary.BigEndian.AppendUint32(nil, sent)); err != nil {
+				t.Error(err)
+			}
+			sent++
+		}
+	}
+	var next atomic.Uint32 // who holds a batch adds to it
+	var held atomic.Bool
+	check := func(pkts [][]byte) {
+		if held.Swap(true) {
+			t.Error("two batches at a time")
+		}
+		for _, p := range pkts {
+			if p[0]>>4 != 4 {
+				continue // the kernel's own, of IPv6
+			}
+			if got, want := binary.BigEndian.Uint32(p[28:]), next.Load(); got != want {
+				t.Errorf("packet %d, want %d", got, want)
+			}
+			next.Add(1)
+		}
+		held.Store(false)
+	}
+
+	for send(1); next.Load() == 0; {
+		pkts, err := d.ReadBatch()
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(pkts)
+	}
+	send(1)
+	d.TryRead(func([][]byte) { t.Error("TryRead while the batch of ReadBatch is in use") })
+
+	var all sync.WaitGroup
+	all.Go(func() {
+		for {
+			pkts, err := d.ReadBatch()
+			if err != nil {
+				if !errors.Is(err, net.ErrClosed) {
+					t.Error(err)
+				}
+				return
+			}
+			check(pkts)
+		}
+	})
+	tried := 0
+	deadline := time.Now().Add(patience)
+	for range bursts {
+		send(burst)
+		for next.Load() < sent && !t.Failed() {
+			d.TryRead(func(pkts [][]byte) { check(pkts); tried++ })
+			if time.Now().After(deadline) {
+				t.Errorf("%d packets of %d", next.Load(), sent)
+			}
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	all.Wait()
+	d.TryRead(func([][]byte) { t.Error("TryRead after Close") })
+	if tried == 0 {
+		t.Error("TryRead brought nothing")
+	}
 }
 
 // TestBacklog counts what the kernel could not keep for a slow reader.

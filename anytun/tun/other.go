@@ -21,6 +21,9 @@ func (d *Device) Name() string { return "" }
 // ReadBatch returns ErrNotSupported.
 func (d *Device) ReadBatch() ([][]byte, error) { return nil, ErrNotSupported }
 
+// TryRead does nothing.
+func (d *Device) TryRead(func(pkts [][]byte)) {}
+
 // WriteBatch counts the packets as dropped.
 func (d *Device) WriteBatch(pkts [][]byte) { d.counters.drop(DropClosed, len(pkts)) }
 

@@ -3,6 +3,7 @@ package tun
 import (
 	"fmt"
 	"net"
+	"sync"
 	"syscall"
 	"unsafe"
 )
@@ -19,8 +20,8 @@ const (
 	maxBatch = 512
 )
 
-// reader is the slab that packets are read into and cut in. It belongs to the
-// one goroutine that calls ReadBatch.
+// reader is the slab that packets are read into and cut in. It belongs to who has
+// the turn.
 //
 //	| room | vnet header | packet      | ...   as read: the header is where room or the packet before ends
 //	| room | headers, payload | room | room | headers, payload | room |   as cut
@@ -30,9 +31,15 @@ type reader struct {
 	slab    []byte
 	used    int
 	packets [][]byte
+	errno   syscall.Errno
 
-	read  func(fd uintptr) bool // the method readAll, bound once
-	errno syscall.Errno
+	// turn is held from a read until its packets are done with, so that batches
+	// leave in the order in which they came.
+	turn sync.Mutex
+	held bool // by the caller of ReadBatch, who alone looks at this
+
+	wait func(fd uintptr) bool // the methods readWaiting and readNow, bound once
+	now  func(fd uintptr)
 }
 
 func newReader(d *Device, cfg Config) *reader {
@@ -42,7 +49,7 @@ func newReader(d *Device, cfg Config) *reader {
 		slab:    make([]byte, slabSize),
 		packets: make([][]byte, 0, maxBatch),
 	}
-	r.read = r.readAll
+	r.wait, r.now = r.readWaiting, r.readNow
 	return r
 }
 
@@ -53,21 +60,67 @@ func newReader(d *Device, cfg Config) *reader {
 // gone.
 func (d *Device) ReadBatch() ([][]byte, error) {
 	r := d.reader
-	r.used, r.packets, r.errno = 0, r.packets[:0], 0
-	err := d.rc.Read(r.read)
-	switch {
-	case len(r.packets) > 0: // an error comes again
-		return r.packets, nil
-	case d.closed.Load():
-		return nil, net.ErrClosed
-	case err != nil:
-		return nil, fmt.Errorf("read tun %q: %w", d.name, err)
+	r.release()
+	err := d.rc.Read(r.wait)
+	if r.held {
+		if len(r.packets) > 0 { // an error comes again
+			return r.packets, nil
+		}
+		errno := r.errno
+		r.release()
+		if err == nil && !d.closed.Load() {
+			return nil, fmt.Errorf("read tun %q: %w", d.name, errno)
+		}
 	}
-	return nil, fmt.Errorf("read tun %q: %w", d.name, r.errno)
+	if d.closed.Load() {
+		return nil, net.ErrClosed
+	}
+	return nil, fmt.Errorf("read tun %q: %w", d.name, err)
 }
 
-// readAll is given to RawConn.Read: false means wait until readable.
-func (r *reader) readAll(fd uintptr) bool {
+// TryRead hands over the packets that have come, as ReadBatch returns them, if
+// there are any and the caller of ReadBatch has no batch in hand. They are valid
+// until handle returns, which must not call ReadBatch or TryRead.
+//
+// It is for who is busy and may keep the one that waits in ReadBatch from running.
+func (d *Device) TryRead(handle func(pkts [][]byte)) {
+	r := d.reader
+	if !r.turn.TryLock() {
+		return
+	}
+	defer r.turn.Unlock()
+	r.packets = r.packets[:0]
+	_ = d.rc.Control(r.now) // errors are ReadBatch's to report
+	if len(r.packets) > 0 {
+		handle(r.packets)
+	}
+}
+
+// release ends the turn of ReadBatch's caller.
+func (r *reader) release() {
+	if r.held {
+		r.held = false
+		r.turn.Unlock()
+	}
+}
+
+// readWaiting is given to RawConn.Read: false means wait until readable.
+func (r *reader) readWaiting(fd uintptr) bool {
+	r.turn.Lock()
+	r.held = true
+	if r.readAll(fd); len(r.packets) > 0 || r.errno != 0 {
+		return true
+	}
+	r.release()
+	return false
+}
+
+// readNow is given to RawConn.Control.
+func (r *reader) readNow(fd uintptr) { r.readAll(fd) }
+
+// readAll reads what there is, as far as there is room.
+func (r *reader) readAll(fd uintptr) {
+	r.used, r.packets, r.errno = 0, r.packets[:0], 0
 	// The header needs room before the packet, more than the caller may want.
 	front := max(r.room.head, vnetSize)
 	for len(r.packets) < maxBatch && len(r.slab)-r.used >= slabRoom {
@@ -79,13 +132,12 @@ func (r *reader) readAll(fd uintptr) bool {
 			r.take(r.used+front-r.room.head, int(n)-vnetSize, b)
 		case syscall.EINTR:
 		case syscall.EAGAIN:
-			return len(r.packets) > 0
+			return
 		default:
 			r.errno = errno
-			return true
+			return
 		}
 	}
-	return true
 }
 
 // take cuts the packet of n bytes that was read into b, behind its vnet header;
