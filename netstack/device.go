@@ -14,13 +14,15 @@ import (
 // The road out, all of it in the goroutine that made gVisor send:
 //
 //	gVisor TCP    super-segment, up to gsoMaxSize bytes of one flow
-//	WritePackets  takes a batch from the pool
+//	WritePackets  takes a batch from the pool; small packets go another way
+//	              (outbox.go)
 //	flows.out     notes what the connection has sent
 //	batch.cut     copies headers and payload, segment by segment, to their
 //	              final place, with room for the tunnel's header and tag
 //	batch.flush   hands all of it to Config.Output
 //
-// A packet is dropped only when it exceeds the MTU or the stack is closed.
+// A packet is dropped only when it exceeds the MTU, when the stack is closed, or
+// when it is small and too many wait while Output blocks.
 
 const (
 	// gsoMaxSize bounds a super-segment, in bytes: 60 KiB make a batch that
@@ -61,6 +63,7 @@ type device struct {
 
 	counters counters
 	flows    flowTable
+	small    outbox
 }
 
 func newDevice(c *Config) *device {
@@ -70,6 +73,7 @@ func newDevice(c *Config) *device {
 		clock = tcpip.NewStdClock()
 	}
 	d.flows.init(clock, c.Forward, &d.counters)
+	d.small.init(d)
 	size := max(batchSize, c.MTU+c.Headroom+c.Tailroom)
 	d.batches.New = func() any { return &batch{dev: d, buf: make([]byte, size)} }
 	return d
@@ -112,9 +116,16 @@ func (d *device) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 		d.counters.dropClosed.Add(uint64(len(list)))
 		return len(list), nil
 	}
-	b := d.batch()
 	now := d.flows.now()
+	if len(list) == 1 && list[0].Size() <= smallPacket && pieces(list[0]) == 0 {
+		if held, strip := d.flows.out(list[0], now); !held {
+			d.small.put(list[0], strip)
+		}
+		return 1, nil
+	}
+	b := d.batch()
 	for _, p := range list {
+		d.small.await(p)
 		held, strip := d.flows.out(p, now)
 		if !held {
 			b.put(p, strip)
@@ -174,7 +185,7 @@ func (b *batch) done() {
 // strip blanks the SACK blocks of a TCP packet (mute.go).
 func (b *batch) put(p *stack.PacketBuffer, strip bool) {
 	c := cursorOf(p)
-	if mss := int(p.GSOOptions.MSS); p.GSOOptions.Type != stack.GSONone && p.Data().Size() > mss && mss > 0 {
+	if mss := pieces(p); mss > 0 {
 		b.cut(&c, len(p.NetworkHeader().Slice()), p.Size()-p.Data().Size(), p.Data().Size(), mss, strip)
 		return
 	}
@@ -187,6 +198,16 @@ func (b *batch) put(p *stack.PacketBuffer, strip bool) {
 	} else {
 		b.dev.counters.dropOversize.Add(1)
 	}
+}
+
+// pieces returns the payload of the segments that a super-segment is to be cut
+// into, in bytes, or 0 for other packets.
+func pieces(p *stack.PacketBuffer) (mss int) {
+	mss = int(p.GSOOptions.MSS)
+	if p.GSOOptions.Type == stack.GSONone || p.Data().Size() <= mss {
+		return 0
+	}
+	return mss
 }
 
 // cut appends the segments of a super-segment: IP header of ipLen bytes, IP

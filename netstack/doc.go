@@ -12,11 +12,11 @@
 // lets such a packet out to a real network has to compute it.
 //
 // Locks: Stack.addrMu before ports.mu before Stack.mu before tcpForwarder.mu
-// before gVisor's before flowSet.mu before holder.mu and reorderPath.mu, and none
-// of them is held while Config.Output runs, except that a dial's SYN leaves under
-// Stack.mu held for reading and, when ports run out, ports.mu. gVisor sends
-// while it holds the lock of an endpoint; so Output must not call into the stack
-// it belongs to.
+// before gVisor's before flowSet.mu before holder.mu and reorderPath.mu; outbox.mu
+// is the last. None of them is held while Config.Output runs, except that a dial's
+// SYN leaves under Stack.mu held for reading and, when ports run out, ports.mu.
+// gVisor sends while it holds the lock of an endpoint; so Output must not call into
+// the stack it belongs to.
 //
 // The package does not know what carries the packets, who the clients are, or
 // which destinations are allowed.

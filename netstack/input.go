@@ -191,6 +191,7 @@ func (s *Stack) Input(pkts [][]byte) {
 		i += n
 	}
 	o.acks.flush(d)
+	d.small.flush()
 }
 
 // admit decides whether gVisor gets the packet, and does what is to be done

@@ -483,6 +483,7 @@ func TestCut(t *testing.T) {
 		if n, err := d.WritePackets(list); n != 1 || err != nil {
 			t.Fatal(n, err)
 		}
+		d.small.flush()
 		p.DecRef()
 		if want := (len(spec.payload) + mss - 1) / mss; len(got) != want {
 			t.Fatalf("%d segments of %d bytes, want %d", len(got), len(spec.payload), want)

@@ -202,6 +202,7 @@ func New(c Config) (*Stack, error) {
 		s.st.Destroy()
 		return nil, err
 	}
+	go s.dev.small.run() // ends with Close
 	return s, nil
 }
 
@@ -285,6 +286,7 @@ func (s *Stack) Close() error {
 		}
 	}
 	s.st.Destroy()
+	s.dev.small.close()
 	s.dev.outClosed.Store(true)
 	return nil
 }

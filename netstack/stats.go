@@ -13,6 +13,7 @@ type Stats struct {
 	DropProtocol    uint64 // Input: neither TCP nor UDP nor ICMP
 	DropForeignICMP uint64 // Input: ICMP to an address not our own that is no error message
 	DropOversize    uint64 // Output: a packet larger than the MTU
+	DropQueue       uint64 // Output: a small packet, while too many waited for Output to return
 	DropClosed      uint64 // Input or Output after Close
 
 	AcksHeld       uint64 // duplicate acknowledgements held back in case it was only reordering
@@ -40,11 +41,11 @@ type Stats struct {
 
 // counters are those of the device.
 type counters struct {
-	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
-	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
-	forwardFull                                                            atomic.Uint64
-	heldAcks, heldDropped, heldReleased, mended, superseded                atomic.Uint64
-	gapResent, gapNudged                                                   atomic.Uint64
+	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches                      atomic.Uint64
+	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropQueue, dropClosed atomic.Uint64
+	forwardFull                                                                       atomic.Uint64
+	heldAcks, heldDropped, heldReleased, mended, superseded                           atomic.Uint64
+	gapResent, gapNudged                                                              atomic.Uint64
 }
 
 // Stats returns the counters.
@@ -62,6 +63,7 @@ func (s *Stack) Stats() Stats {
 		DropProtocol:    c.dropProtocol.Load(),
 		DropForeignICMP: c.dropForeignICMP.Load(),
 		DropOversize:    c.dropOversize.Load(),
+		DropQueue:       c.dropQueue.Load(),
 		DropClosed:      c.dropClosed.Load(),
 		AcksHeld:        c.heldAcks.Load(),
 		AcksDropped:     c.heldDropped.Load(),
