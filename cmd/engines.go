@@ -93,6 +93,7 @@ func EmitStack(e *Emit, side string, s netstack.Stats) {
 		"protocol":     s.DropProtocol,
 		"foreign_icmp": s.DropForeignICMP,
 		"oversize":     s.DropOversize,
+		"no_room":      s.DropNoRoom,
 		"queue_full":   s.DropQueue,
 		"closed":       s.DropClosed,
 		"forward_full": s.TCPForwardFull,

@@ -197,7 +197,7 @@ func New(c Config) (*Stack, error) {
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 		Clock:              c.Clock,
 	})
-	s.windows.init(c.Clock)
+	s.windows.init(s)
 	if err := s.configure(); err != nil {
 		s.st.Destroy()
 		return nil, err

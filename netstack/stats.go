@@ -13,6 +13,7 @@ type Stats struct {
 	DropProtocol    uint64 // Input: neither TCP nor UDP nor ICMP
 	DropForeignICMP uint64 // Input: ICMP to an address not our own that is no error message
 	DropOversize    uint64 // Output: a packet larger than the MTU
+	DropNoRoom      uint64 // Input: segments, joined ones counted once, that a connection's receive buffer had no room for
 	DropQueue       uint64 // Output: a small packet, while too many waited for Output to return
 	DropClosed      uint64 // Input or Output after Close
 
@@ -63,6 +64,7 @@ func (s *Stack) Stats() Stats {
 		DropProtocol:    c.dropProtocol.Load(),
 		DropForeignICMP: c.dropForeignICMP.Load(),
 		DropOversize:    c.dropOversize.Load(),
+		DropNoRoom:      g.DroppedPackets.Value(),
 		DropQueue:       c.dropQueue.Load(),
 		DropClosed:      c.dropClosed.Load(),
 		AcksHeld:        c.heldAcks.Load(),

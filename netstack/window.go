@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // The busy connections of a stack share a budget for their windows, one for each
@@ -65,9 +66,20 @@ const (
 // windows are the budgets of a Stack.
 type windows struct{ in, out budget }
 
-func (w *windows) init(clock tcpip.Clock) {
-	w.in.init(clock, receiveBudget, receiveFloor)
-	w.out.init(clock, sendBudget, sendFloor)
+func (w *windows) init(s *Stack) {
+	w.in.init(s.clock, receiveBudget, receiveFloor)
+	w.in.changed = s.limitReceive
+	w.out.init(s.clock, sendBudget, sendFloor)
+}
+
+// limitReceive keeps gVisor from tuning a receive buffer beyond the share. When it
+// enlarges one it tells the peer at once, and what has been promised that way can't
+// be taken back: the peer may send it, and gVisor drops what exceeds the buffer.
+func (s *Stack) limitReceive(share int) {
+	o := tcpip.TCPReceiveBufferSizeRangeOption{Min: bufferMin, Default: min(share, bufferDefault), Max: share}
+	if err := s.st.SetTransportProtocolOption(tcp.ProtocolNumber, &o); err != nil {
+		s.log.Error("can't limit receive buffers", "share", share, "error", err.String())
+	}
 }
 
 // budget is shared by the connections of a Stack in one direction.
@@ -75,7 +87,8 @@ type budget struct {
 	clock        tcpip.Clock
 	total, floor int
 
-	share atomic.Int64 // the most that a connection's buffer may have now
+	share   atomic.Int64    // the most that a connection's buffer may have now
+	changed func(share int) // called when that changes, with mu held; may be nil
 
 	mu    sync.Mutex // guards what follows
 	turn  uint32     // the number of this turn
@@ -146,6 +159,9 @@ func (b *budget) divideLocked() {
 		return
 	}
 	b.share.Store(int64(share))
+	if b.changed != nil {
+		b.changed(share)
+	}
 }
 
 // sendWindow keeps a connection's send buffer within its share.
@@ -211,7 +227,7 @@ type receiveWindow struct {
 	usage usage
 	tuned int // the largest size that gVisor has chosen
 	size  int // the size now; 0: not known yet
-	read  int // bytes read since it was made smaller
+	read  int // bytes read since it was made smaller, or gVisor made it larger
 }
 
 // hasRead is told how much was read, after gVisor has tuned the buffer.
@@ -241,13 +257,12 @@ func (w *receiveWindow) hasRead(b *budget, ep tcpip.Endpoint, n int) {
 // What the peer was promised can't be taken back, and gVisor drops what exceeds
 // the buffer. The peer may send half of its size, and half as much again is enough
 // for the overhead of the segments. So a buffer is made smaller by a quarter at a
-// time, and not again before all that was promised until then has been read.
+// time, and not again before all that was promised until then has been read; and
+// what gVisor has enlarged counts as promised.
 func (w *receiveWindow) fit(now, share int) int {
-	if now > w.size {
+	if now > w.size { // gVisor has promised that
 		w.tuned = max(w.tuned, now)
-		if w.size == 0 {
-			w.size = now
-		}
+		w.size, w.read = now, 0
 	}
 	want := min(w.tuned, share)
 	switch {

@@ -152,8 +152,10 @@ func TestReceiveWindowFit(t *testing.T) {
 				}
 				next := w.fit(now, share)
 				switch {
-				case next > max(size, share), next > tuned:
+				case next > max(now, share), next > tuned:
 					t.Fatalf("seed %d: %d bytes, the share is %d and gVisor wanted %d", seed, next, share, tuned)
+				case next < now && now > size:
+					t.Fatalf("seed %d: the peer was promised half of %d, and there are %d", seed, now, next)
 				case next < size && next < size*3/4:
 					t.Fatalf("seed %d: from %d to %d at once", seed, size, next)
 				case next < size && sinceCut < size:
@@ -217,6 +219,9 @@ func TestWindowsOfManyConnections(t *testing.T) {
 	// the budgets depends on how many were busy at once when each was tuned last.
 	if in, out := sizes(); in > 5*receiveBudget/2 || out > 5*sendBudget/2 {
 		t.Errorf("receive buffers of %d bytes and send buffers of %d are too much for the budgets", in, out)
+	}
+	if n := p.server.Stats().DropNoRoom; n != 0 {
+		t.Errorf("%d times a receive buffer had no room for what was promised", n)
 	}
 	clock.Advance(2 * budgetTurn)
 	up(all[0])
