@@ -35,7 +35,7 @@ type relay struct {
 	timer *IdleTimer
 	ended int   // directions
 	err   error // the first one
-	over  bool  // both connections are closed, what fails now fails for that
+	over  bool  // both connections are closed or about to be, what fails now fails for that
 }
 
 // run copies until both directions have ended. early is what was already read from a.
@@ -51,6 +51,7 @@ func (r *relay) run(fromA, fromB *idleReader, early []byte) {
 	if r.timer != nil {
 		r.timer.Stop()
 	}
+	r.over = true // err is settled: who stops the proxy may still know of this relay
 	r.mu.Unlock()
 	r.a.Close()
 	r.b.Close()

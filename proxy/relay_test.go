@@ -257,3 +257,22 @@ func TestTarget(t *testing.T) {
 		}
 	}
 }
+
+// Who stops the proxy may fail a relay that has just ended: nothing changes.
+func TestFailAfterTheEnd(t *testing.T) {
+	a, far := tcpPair(t)
+	b, further := tcpPair(t)
+	far.Close()
+	further.Close()
+	r := relay{a: a, b: b}
+	r.run(newIdleReader(a), newIdleReader(b), nil)
+	failed := make(chan struct{})
+	go func() { r.fail(errStopped); close(failed) }()
+	if r.err != nil {
+		t.Errorf("the relay ended with %v", r.err)
+	}
+	<-failed
+	if r.err != nil {
+		t.Errorf("the relay that had ended failed with %v", r.err)
+	}
+}
