@@ -27,8 +27,8 @@ import (
 // left.
 
 const (
-	// smallPacket is the size in bytes up to which a packet is gathered. Larger ones
-	// are only seen with an MTU above it.
+	// smallPacket is the size in bytes up to which a packet is gathered. Packets
+	// that are larger, and not super-segments, need an MTU above it.
 	smallPacket = 2 << 10
 
 	// fullOutbox is how many packets are sent without waiting for others: enough to
@@ -173,9 +173,18 @@ func (o *outbox) run() {
 	}
 }
 
-// close sends what is left and ends run.
+// close sends what is left and ends run. It returns after the last batch has gone.
 func (o *outbox) close() {
 	close(o.quit)
 	<-o.done
-	o.flush()
+	o.mu.Lock()
+	for o.sending || o.pending != nil {
+		if o.sending {
+			o.idle.Wait()
+			continue
+		}
+		o.sendPending()
+		o.mu.Lock()
+	}
+	o.mu.Unlock()
 }

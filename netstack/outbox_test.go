@@ -181,3 +181,21 @@ func TestOutboxRuns(t *testing.T) {
 	}
 	d.small.close()
 }
+
+// What waits behind a blocked Output leaves before close returns.
+func TestOutboxCloses(t *testing.T) {
+	r := newOutRig(t)
+	r.gate = make(chan struct{})
+	close(r.small.done) // run has ended already
+	r.write(1, 0, 1)
+	go r.small.flush()
+	for !r.sending() {
+		runtime.Gosched()
+	}
+	r.write(1, 1, 1)
+	closed := make(chan struct{})
+	go func() { r.small.close(); close(closed) }()
+	close(r.gate)
+	<-closed
+	r.want([]string{"1:0+1"}, []string{"1:1+1"})
+}
