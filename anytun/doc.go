@@ -6,7 +6,7 @@
 //	packet     views of inner packets, checksums, ICMP errors
 //	portblock  client number to public addresses and ports, and back
 //	nat        ports of clients that don't keep to theirs
-//	udp, tun   outer sockets, and the TUN device, in batches
+//	udp, tun   outer sockets, and the TUN device, in batches; nowait how they call the kernel
 //	registry   where clients are: what servers tell each other; registry/nats how
 //	announce   what routers are told: BGP
 //	client     the client's engine: control.go, send.go, receive.go

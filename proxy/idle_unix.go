@@ -13,7 +13,7 @@ const rawReads = true
 
 func tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 	for {
-		n, err = unix.Read(int(fd), p)
+		n, err = sysRead(fd, p)
 		switch {
 		case err == nil:
 			return n, false, nil
@@ -29,7 +29,7 @@ func tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 // tryWrite writes at most p; again means that the socket takes nothing for now.
 func tryWrite(fd uintptr, p []byte) (n int, again bool, err error) {
 	for {
-		n, err = unix.Write(int(fd), p)
+		n, err = sysWrite(fd, p)
 		switch {
 		case err == nil:
 			return n, false, nil

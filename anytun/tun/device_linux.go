@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/anytun-go/anytun/anytun/nowait"
 )
 
 const (
@@ -37,6 +39,7 @@ type Device struct {
 	reader   *reader
 	free     chan *writer
 	counters counters
+	calls    nowait.Caller
 
 	mu     sync.Mutex      // guards routes against Close
 	routes *netlink.Handle // speaks to the namespace of the device, whoever calls; nil once closed

@@ -108,7 +108,7 @@ func (r *reader) release() {
 func (r *reader) readWaiting(fd uintptr) bool {
 	r.turn.Lock()
 	r.held = true
-	if r.readAll(fd); len(r.packets) > 0 || r.errno != 0 {
+	if r.read(fd); len(r.packets) > 0 || r.errno != 0 {
 		return true
 	}
 	r.release()
@@ -116,9 +116,14 @@ func (r *reader) readWaiting(fd uintptr) bool {
 }
 
 // readNow is given to RawConn.Control.
-func (r *reader) readNow(fd uintptr) { r.readAll(fd) }
+func (r *reader) readNow(fd uintptr) { r.read(fd) }
 
-// readAll reads what there is, as far as there is room.
+// read reads what there is, as far as there is room.
+func (r *reader) read(fd uintptr) {
+	r.readAll(fd)
+	r.d.calls.Came(len(r.packets))
+}
+
 func (r *reader) readAll(fd uintptr) {
 	r.used, r.packets, r.errno = 0, r.packets[:0], 0
 	// The header needs room before the packet, more than the caller may want.
@@ -126,7 +131,7 @@ func (r *reader) readAll(fd uintptr) {
 	for len(r.packets) < maxBatch && len(r.slab)-r.used >= slabRoom {
 		b := r.slab[r.used+front-vnetSize:]
 		b = b[:vnetSize+maxPacket]
-		n, _, errno := syscall.Syscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		n, errno := r.d.calls.Syscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0, 0, 0)
 		switch errno {
 		case 0:
 			r.take(r.used+front-r.room.head, int(n)-vnetSize, b)

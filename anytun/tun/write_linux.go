@@ -176,7 +176,7 @@ func (w *writer) flush(r *openRun) {
 
 func (w *writer) writeNow(fd uintptr) {
 	for {
-		_, _, w.errno = syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.iovs[0])), uintptr(w.count))
+		_, w.errno = w.d.calls.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.iovs[0])), uintptr(w.count), 0, 0, 0)
 		if w.errno != syscall.EINTR {
 			return
 		}

@@ -9,6 +9,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/anytun-go/anytun/anytun/nowait"
 )
 
 // kernelConn is the Conn of Linux. The road of a batch is in read_linux.go and
@@ -38,6 +40,7 @@ type kernelConn struct {
 	zones    zones
 
 	// The system calls, so that tests can be the kernel.
+	calls    nowait.Caller
 	recvmmsg func(fd uintptr, msgs []mmsghdr) (int, syscall.Errno)
 	sendmmsg func(fd uintptr, msgs []mmsghdr) (int, syscall.Errno)
 
@@ -61,12 +64,10 @@ func listenKernel(addr netip.AddrPort, o Options) (*kernelConn, error) {
 	o = o.withDefaults()
 	c := &kernelConn{
 		free:     make(chan *sendBatch, idleBatches),
-		recvmmsg: recvmmsg,
-		sendmmsg: sendmmsg,
 		share:    o.ShareBuffers,
 		messages: o.Messages,
 	}
-	c.receive = c.receiveMessages
+	c.receive, c.recvmmsg, c.sendmmsg = c.receiveMessages, c.callRecvmmsg, c.callSendmmsg
 	control := o.Control
 	o.Control = func(network, address string, rc syscall.RawConn) error {
 		// Before bind, so that the first datagram finds everything set.

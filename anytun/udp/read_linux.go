@@ -123,7 +123,9 @@ func (c *kernelConn) ReadBatch() ([]Group, error) {
 		case r.errno != 0:
 			return nil, fmt.Errorf("read udp: %w", r.errno)
 		}
-		if c.cut(r); len(r.groups) > 0 {
+		c.cut(r)
+		c.calls.Came(len(r.packets))
+		if len(r.groups) > 0 {
 			return r.groups, nil
 		}
 	}

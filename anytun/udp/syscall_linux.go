@@ -17,14 +17,14 @@ type mmsghdr struct {
 	len uint32
 }
 
-func recvmmsg(fd uintptr, msgs []mmsghdr) (int, syscall.Errno) {
-	n, _, errno := syscall.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
+func (c *kernelConn) callRecvmmsg(fd uintptr, msgs []mmsghdr) (int, syscall.Errno) {
+	n, errno := c.calls.Syscall(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
 		unix.MSG_DONTWAIT, 0, 0)
 	return int(n), errno
 }
 
-func sendmmsg(fd uintptr, msgs []mmsghdr) (int, syscall.Errno) {
-	n, _, errno := syscall.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
+func (c *kernelConn) callSendmmsg(fd uintptr, msgs []mmsghdr) (int, syscall.Errno) {
+	n, errno := c.calls.Syscall(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)),
 		unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
 	return int(n), errno
 }

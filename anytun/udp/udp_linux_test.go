@@ -329,6 +329,33 @@ func TestSendErrors(t *testing.T) {
 	}
 }
 
+// TestIdleRoad: the socket knows whether datagrams come one by one or many at once.
+func TestIdleRoad(t *testing.T) {
+	c := openKernel(t, families[0].bind, Options{})
+	send := func(n int) {
+		t.Helper()
+		pkts := make([][]byte, n)
+		for i := range pkts {
+			pkts[i] = []byte{byte(i)}
+		}
+		if err := c.WriteBatch(pkts, Endpoint{Addr: c.LocalAddr()}); err != nil {
+			t.Fatal(err)
+		}
+		read(t, c, n)
+	}
+	send(2)
+	for range 20 {
+		send(1)
+	}
+	if !c.calls.Idle() {
+		t.Error("not idle while datagrams come alone")
+	}
+	send(2)
+	if c.calls.Idle() {
+		t.Error("idle while several come at once")
+	}
+}
+
 // TestReadErrors: what ICMP left behind is skipped, a broken socket is not.
 func TestReadErrors(t *testing.T) {
 	c := openKernel(t, families[0].bind, Options{})
@@ -339,7 +366,7 @@ func TestReadErrors(t *testing.T) {
 			pending = pending[1:]
 			return -1, errno
 		}
-		return recvmmsg(fd, msgs)
+		return c.callRecvmmsg(fd, msgs)
 	}
 	if err := c.WriteBatch([][]byte{{42}}, Endpoint{Addr: c.LocalAddr()}); err != nil {
 		t.Fatal(err)
@@ -368,7 +395,7 @@ func TestTruncated(t *testing.T) {
 	for _, flag := range []int32{unix.MSG_TRUNC, unix.MSG_CTRUNC} {
 		c := openKernel(t, families[0].bind, Options{NoOffload: true})
 		c.recvmmsg = func(fd uintptr, msgs []mmsghdr) (int, syscall.Errno) {
-			n, errno := recvmmsg(fd, msgs)
+			n, errno := c.callRecvmmsg(fd, msgs)
 			for i := range max(n, 0) {
 				if *msgs[i].hdr.Iov.Base == 0xee {
 					msgs[i].hdr.Flags |= flag
