@@ -24,6 +24,9 @@ const (
 	// lingerTimeout and lingerBytes bound how long a refused application is still listened to, see CloseWith.
 	lingerTimeout = time.Second
 	lingerBytes   = 256 << 10
+
+	// watchDelay is after what time Watch begins: most of what is done in an application's name is over sooner.
+	watchDelay = 50 * time.Millisecond
 )
 
 // aLongTimeAgo, as a deadline, ends a read in progress.
@@ -113,15 +116,19 @@ func AddrPortOf(a net.Addr) netip.AddrPort {
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
 
-// Watch reads from the application while something slow is done in its name, after EndHandshake. The context it
-// returns is cancelled when the application hangs up: on a reset, and on an end of its stream with nothing sent before.
+// Watch reads from the application while something is done in its name, after EndHandshake, if it turns out to be
+// slow. The context it returns is cancelled when the application hangs up: on a reset, and on an end of its stream with nothing sent before.
 // (An end behind early data is taken for a half-close: such an application may well wait for the answer.) What it
 // sends is kept for Tunnel. stop must be called; it returns ErrHangUp if that is what happened.
 func (c *Conn) Watch(ctx context.Context) (watched context.Context, stop func() error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	done := make(chan error, 1)
-	go c.watchLoop(cancel, done)
+	timer := time.AfterFunc(watchDelay, func() { c.watch(cancel, done) })
 	return ctx, func() error {
+		if timer.Stop() { // it hasn't begun
+			cancel(nil)
+			return nil
+		}
 		_ = c.SetReadDeadline(aLongTimeAgo) // fails on a closed connection only, which has ended the loop
 		err := <-done
 		_ = c.SetReadDeadline(time.Time{})
@@ -130,7 +137,7 @@ func (c *Conn) Watch(ctx context.Context) (watched context.Context, stop func() 
 	}
 }
 
-func (c *Conn) watchLoop(cancel context.CancelCauseFunc, done chan<- error) {
+func (c *Conn) watch(cancel context.CancelCauseFunc, done chan<- error) {
 	err := c.readEarly()
 	if err != nil {
 		cancel(err)

@@ -142,7 +142,11 @@ func (r *relay) end(to net.Conn) {
 	if !ok {
 		r.over = true
 	}
+	last := r.ended == 2
 	r.mu.Unlock()
+	if last {
+		return // run closes both, which ends this stream, too
+	}
 	if !ok {
 		r.a.Close()
 		r.b.Close()
