@@ -16,7 +16,7 @@
 // The roads of a byte, file by file:
 //
 //	client out  proxy/socks5 → netstack dial → netstack device → client/send.go Seal → udp WriteBatch
-//	client in   udp ReadBatch → client/receive.go Open → netstack Input → net.Conn → proxy.Relay
+//	client in   udp ReadBatch → client/receive.go Open → netstack Input → net.Conn → netstack/splice
 //	server out  udp ReadBatch → server/receive.go Open → router.go verdict → sockets.go → the host's sockets
 //	            or router.go verdict → tun_out.go public address → tun WriteBatch
 //	server in   the host's sockets → sockets*.go → server/send.go Seal → udp WriteBatch

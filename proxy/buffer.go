@@ -4,23 +4,14 @@ import (
 	"bufio"
 	"io"
 	"sync"
-)
 
-// relayBufferBytes is how much is read at once: as much as netstack hands over in one joined segment.
-const relayBufferBytes = 64 << 10
+	"github.com/anytun-go/anytun/netstack/splice"
+)
 
 // readerBytes holds any SOCKS handshake (at most 2*255+3 bytes at a time) and a usual TLS ClientHello behind it.
 const readerBytes = 4 << 10
 
-type buffer [relayBufferBytes]byte
-
-var (
-	buffers = sync.Pool{New: func() any { return new(buffer) }}
-	readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readerBytes) }}
-)
-
-func getBuffer() *buffer  { return buffers.Get().(*buffer) }
-func putBuffer(b *buffer) { buffers.Put(b) }
+var readers = sync.Pool{New: func() any { return bufio.NewReaderSize(nil, readerBytes) }}
 
 func getReader(r io.Reader) *bufio.Reader {
 	br := readers.Get().(*bufio.Reader)
@@ -37,11 +28,11 @@ func putReader(br *bufio.Reader) {
 type Buffers struct{}
 
 // Get returns a buffer of 64 KiB.
-func (Buffers) Get() []byte { return getBuffer()[:] }
+func (Buffers) Get() []byte { return splice.Get()[:] }
 
 // Put takes back a buffer from Get.
 func (Buffers) Put(b []byte) {
-	if cap(b) >= relayBufferBytes {
-		putBuffer((*buffer)(b[:relayBufferBytes]))
+	if cap(b) >= len(splice.Buffer{}) {
+		splice.Put((*splice.Buffer)(b[:len(splice.Buffer{})]))
 	}
 }

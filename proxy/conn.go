@@ -10,6 +10,8 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // ErrHangUp says that the application closed its connection while something was done in its name.
@@ -38,7 +40,7 @@ var aLongTimeAgo = time.Unix(1, 0)
 type Conn struct {
 	net.Conn
 	br     *bufio.Reader // until EndHandshake
-	idle   *idleReader
+	idle   *splice.Reader
 	early  []byte                // read ahead of the relay
 	tunnel atomic.Pointer[relay] // set by Server.Tunnel
 
@@ -46,7 +48,7 @@ type Conn struct {
 }
 
 func newConn(nc net.Conn) *Conn {
-	return &Conn{Conn: nc, br: getReader(nc), idle: newIdleReader(nc)}
+	return &Conn{Conn: nc, br: getReader(nc), idle: splice.NewReader(nc)}
 }
 
 // Reader is where the handshake is read from; nil after EndHandshake.
@@ -147,11 +149,11 @@ func (c *Conn) watch(cancel context.CancelCauseFunc, done chan<- error) {
 
 func (c *Conn) readEarly() error {
 	for len(c.early) < earlyBytes {
-		b, n, err := c.idle.next()
+		b, n, err := c.idle.Next()
 		switch {
 		case err == nil:
 			c.early = append(c.early, b[:n]...)
-			putBuffer(b)
+			splice.Put(b)
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil // stopped
 		case errors.Is(err, io.EOF) && len(c.early) > 0:
@@ -168,14 +170,14 @@ func (c *Conn) readEarly() error {
 func (c *Conn) WaitHangUp() error {
 	c.early = nil
 	for {
-		b, _, err := c.idle.next()
+		b, _, err := c.idle.Next()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		putBuffer(b)
+		splice.Put(b)
 	}
 }
 
@@ -206,11 +208,11 @@ func (c *Conn) CloseWith(reply []byte) {
 	}
 	_ = c.SetReadDeadline(time.Now().Add(lingerTimeout))
 	for left := lingerBytes; left > 0; {
-		b, n, err := c.idle.next()
+		b, n, err := c.idle.Next()
 		if err != nil {
 			return
 		}
-		putBuffer(b)
+		splice.Put(b)
 		left -= n
 	}
 }

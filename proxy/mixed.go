@@ -4,6 +4,8 @@ import (
 	"context"
 	"log/slog"
 	"net"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // Handler speaks one protocol with applications.
@@ -84,7 +86,7 @@ func (s *Server) handshake(ctx context.Context, c *Conn) {
 func (s *Server) tunnelLoop(c *Conn) {
 	r := c.tunnel.Load()
 	s.counters.openTunnels.Add(1)
-	r.run(c.idle, newIdleReader(r.b), c.TakeEarly())
+	r.run(c.idle, splice.NewReader(r.b), c.TakeEarly())
 	s.counters.openTunnels.Add(-1)
 	if r.expired.Load() {
 		s.counters.idleTunnels.Add(1)

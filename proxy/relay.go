@@ -2,11 +2,12 @@ package proxy
 
 import (
 	"errors"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // Relay copies bytes both ways until both directions have ended, and closes both connections. The end of one direction
@@ -17,7 +18,7 @@ import (
 // A connection without CloseWrite can't express a half-close and is closed instead, which ends both directions.
 func Relay(a, b net.Conn) (aToB, bToA int64, err error) {
 	r := relay{a: a, b: b}
-	r.run(newIdleReader(a), newIdleReader(b), nil)
+	r.run(splice.NewReader(a), splice.NewReader(b), nil)
 	return r.aToB.Load(), r.bToA.Load(), r.err
 }
 
@@ -39,7 +40,7 @@ type relay struct {
 }
 
 // run copies until both directions have ended. early is what was already read from a.
-func (r *relay) run(fromA, fromB *idleReader, early []byte) {
+func (r *relay) run(fromA, fromB *splice.Reader, early []byte) {
 	if r.idle > 0 {
 		r.timer = NewIdleTimer(r.idle, r.progress, r.expire)
 	}
@@ -58,13 +59,13 @@ func (r *relay) run(fromA, fromB *idleReader, early []byte) {
 }
 
 // backLoop is the direction from b to a.
-func (r *relay) backLoop(fromB *idleReader, done chan<- struct{}) {
+func (r *relay) backLoop(fromB *splice.Reader, done chan<- struct{}) {
 	defer close(done)
 	r.copy(r.a, fromB, nil, &r.bToA, r.totalBA)
 }
 
-func (r *relay) copy(to net.Conn, from *idleReader, early []byte, count *atomic.Int64, total *atomic.Uint64) {
-	err := r.copyAll(to, from, early, func(n int) {
+func (r *relay) copy(to net.Conn, from *splice.Reader, early []byte, count *atomic.Int64, total *atomic.Uint64) {
+	err := splice.Copy(to, from, early, func(n int) {
 		count.Add(int64(n))
 		if total != nil {
 			total.Add(uint64(n))
@@ -75,57 +76,6 @@ func (r *relay) copy(to net.Conn, from *idleReader, early []byte, count *atomic.
 	} else {
 		r.fail(err)
 	}
-}
-
-// copyAll copies until the end of the stream, or until it fails.
-func (r *relay) copyAll(to net.Conn, from *idleReader, early []byte, add func(int)) error {
-	if len(early) > 0 {
-		n, err := to.Write(early)
-		add(n)
-		if err != nil {
-			return err
-		}
-	}
-	if d := newDirect(to, from.conn); d != nil {
-		for {
-			n, err := d.toSocket()
-			add(n)
-			if err != nil {
-				return endOr(err)
-			}
-		}
-	}
-	d := newDirect(from.conn, to)
-	for {
-		b, n, err := from.next()
-		if err != nil {
-			return endOr(err)
-		}
-		bulk := n == len(b)
-		n, err = to.Write(b[:n])
-		putBuffer(b)
-		add(n)
-		if err != nil {
-			return err
-		}
-		for bulk && d != nil {
-			// While the socket has much to give it fills the other side's buffers, which are too large for little.
-			n, err := d.fromSocket()
-			add(n)
-			if err != nil {
-				return err
-			}
-			bulk = n >= directLeast
-		}
-	}
-}
-
-// endOr makes nil of the error that says that the source has ended.
-func endOr(err error) error {
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
-	return err
 }
 
 // end passes a proper end on.

@@ -10,30 +10,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
-)
 
-// tcpPair returns two ends of one TCP connection.
-func tcpPair(t testing.TB) (a, b *net.TCPConn) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	ca, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cb, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []net.Conn{ca, cb} {
-		t.Cleanup(func() { c.Close() })
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
-	}
-	return ca.(*net.TCPConn), cb.(*net.TCPConn)
-}
+	"github.com/anytun-go/anytun/netstack/splice"
+	"github.com/anytun-go/anytun/test/loopback"
+)
 
 // plainConn hides that it is a kernel socket, but can half-close.
 type plainConn struct {
@@ -52,11 +32,7 @@ type waitingConn struct {
 
 func (c *waitingConn) WaitReadable() error {
 	c.waits.Add(1)
-	raw, err := c.tcp.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Read(readable)
+	return splice.WaitReadable(c.tcp)
 }
 
 func TestRelay(t *testing.T) {
@@ -70,8 +46,8 @@ func TestRelay(t *testing.T) {
 		{"plain", func(c *net.TCPConn) net.Conn { return &plainConn{struct{ net.Conn }{c}, c} }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			app, a := tcpPair(t)
-			b, server := tcpPair(t)
+			app, a := loopback.TCPPair(t)
+			b, server := loopback.TCPPair(t)
 			type result struct {
 				ab, ba int64
 				err    error
@@ -106,8 +82,8 @@ func TestRelay(t *testing.T) {
 // TestRelayReset resets one side; the other one must see a reset, not an end, and Relay must say so.
 func TestRelayReset(t *testing.T) {
 	for _, kernel := range []bool{true, false} {
-		app, a := tcpPair(t)
-		b, server := tcpPair(t)
+		app, a := loopback.TCPPair(t)
+		b, server := loopback.TCPPair(t)
 		done := make(chan error, 1)
 		go func() {
 			var ca, cb net.Conn = a, b
@@ -149,50 +125,6 @@ func TestRelayWithoutHalfClose(t *testing.T) {
 	}
 	if err := <-done; err != nil {
 		t.Errorf("Relay: %v", err)
-	}
-}
-
-// TestRelayHoldsNoBuffer counts buffers that are out while both sides are silent.
-func TestRelayHoldsNoBuffer(t *testing.T) {
-	if !rawReads {
-		t.Skip("this system's sockets can't be waited for without a buffer")
-	}
-	_, a := tcpPair(t)
-	r := newIdleReader(a)
-	var out atomic.Int64
-	try := r.try
-	r.try = func(fd uintptr) bool {
-		ok := try(fd)
-		if r.buf != nil {
-			out.Add(1)
-		}
-		return ok
-	}
-	_ = a.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-	if b, _, err := r.next(); b != nil || err == nil {
-		t.Errorf("read %v, %v from a silent connection", b, err)
-	}
-	if out.Load() != 0 || r.buf != nil {
-		t.Error("a buffer is held while nothing arrives")
-	}
-}
-
-// TestRelayAllocations: a chunk through an open relay costs no allocation.
-func TestRelayAllocations(t *testing.T) {
-	app, a := tcpPair(t)
-	r := newIdleReader(a)
-	chunk := make([]byte, 1000)
-	if n := testing.AllocsPerRun(200, func() {
-		if _, err := app.Write(chunk); err != nil {
-			t.Fatal(err)
-		}
-		b, _, err := r.next()
-		if err != nil {
-			t.Fatal(err)
-		}
-		putBuffer(b)
-	}); n > 0.5 { // the garbage collector may empty the pool meanwhile
-		t.Errorf("%v allocations per chunk", n)
 	}
 }
 
@@ -260,12 +192,12 @@ func TestTarget(t *testing.T) {
 
 // Who stops the proxy may fail a relay that has just ended: nothing changes.
 func TestFailAfterTheEnd(t *testing.T) {
-	a, far := tcpPair(t)
-	b, further := tcpPair(t)
+	a, far := loopback.TCPPair(t)
+	b, further := loopback.TCPPair(t)
 	far.Close()
 	further.Close()
 	r := relay{a: a, b: b}
-	r.run(newIdleReader(a), newIdleReader(b), nil)
+	r.run(splice.NewReader(a), splice.NewReader(b), nil)
 	failed := make(chan struct{})
 	go func() { r.fail(errStopped); close(failed) }()
 	if r.err != nil {

@@ -34,11 +34,12 @@ var mayImport = map[string][]string{
 	"anytun/client":        {"anytun/wire", "anytun/session", "anytun/udp"},
 	"anytun/server": {
 		"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/nat", "anytun/registry",
-		"anytun/udp", "netstack",
+		"anytun/udp", "netstack", "netstack/splice",
 	},
 	"netstack":        {},
-	"proxy":           {},
-	"proxy/socks5":    {"proxy"},
+	"netstack/splice": {},
+	"proxy":           {"netstack/splice"},
+	"proxy/socks5":    {"proxy", "netstack/splice"},
 	"proxy/httpproxy": {"proxy"},
 	// What both programs do alike: settings, signals, the admin page, and its
 	// counters, which are those of the engines.

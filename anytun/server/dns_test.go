@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // dnsServer is a real DNS server on loopback, over UDP and TCP at one port,
@@ -370,7 +372,7 @@ func writeDNS(t testing.TB, c net.Conn, msg []byte) {
 
 func readStream(t testing.TB, c net.Conn) []byte {
 	t.Helper()
-	var buf egressBuf
+	var buf splice.Buffer
 	b, err := readDNS(c, &buf, true)
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // A client's own resolver waits five seconds as a rule; it should hear of a
@@ -101,8 +103,8 @@ func (s *dnsService) exchange(ctx context.Context, network string, up netip.Addr
 	var idBytes [2]byte
 	rand.Read(idBytes[:]) // never fails
 	id := binary.BigEndian.Uint16(idBytes[:])
-	buf := egressBufs.Get().(*egressBuf)
-	defer egressBufs.Put(buf)
+	buf := splice.Get()
+	defer splice.Put(buf)
 	stream := network == "tcp"
 	msg := buf[:0]
 	if stream {
@@ -133,7 +135,7 @@ func (s *dnsService) exchange(ctx context.Context, network string, up netip.Addr
 }
 
 // readDNS reads one message into buf.
-func readDNS(c net.Conn, buf *egressBuf, stream bool) ([]byte, error) {
+func readDNS(c net.Conn, buf *splice.Buffer, stream bool) ([]byte, error) {
 	if !stream {
 		n, err := c.Read(buf[:])
 		return buf[:n], err

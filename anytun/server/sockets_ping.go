@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/anytun-go/anytun/anytun/packet"
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // egressPingOpen opens an ICMP socket: a ping socket, which the kernel gives to
@@ -172,8 +173,8 @@ func (e *sockets) pingOutbound(p *egressPacket) {
 		}
 	}
 	ping := f.end.(*egressPingFlow)
-	buf := egressBufs.Get().(*egressBuf)
-	defer egressBufs.Put(buf)
+	buf := splice.Get()
+	defer splice.Put(buf)
 	msg := buf[:copy(buf[:], p.payload)]
 	binary.BigEndian.PutUint16(msg[4:], ping.id)
 	if p.dst.Is4() {

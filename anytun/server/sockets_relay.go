@@ -2,23 +2,17 @@ package server
 
 import (
 	"errors"
-	"io"
 	"net"
 	"sync"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
-
-// egressBuf is the relay's and the UDP readers' buffer: the largest datagram,
-// and what one system call moves at best.
-type egressBuf [64 << 10]byte
-
-var egressBufs = sync.Pool{New: func() any { return new(egressBuf) }}
 
 // egressInner is the client's end of a relayed connection, a *netstack.Conn.
 type egressInner interface {
 	net.Conn
 	CloseWrite() error
 	Abort() error
-	WaitReadable() error
 }
 
 // egressRelay copies between a client's connection and the host's, both ways
@@ -83,49 +77,16 @@ func (r *egressRelay) downLoop(done chan<- struct{}) {
 
 // copyUp copies from the client to the host until the client's end of stream.
 func (r *egressRelay) copyUp() error {
-	for {
-		// The buffer is held only while there is data: idle connections are
-		// the many.
-		if err := r.inner.WaitReadable(); err != nil {
-			return err
-		}
-		buf := egressBufs.Get().(*egressBuf)
-		n, err := r.inner.Read(buf[:])
-		if n > 0 {
-			r.used(true, n)
-			if _, werr := r.host.Write(buf[:n]); werr != nil {
-				err = werr
-			}
-		}
-		egressBufs.Put(buf)
-		if errors.Is(err, io.EOF) {
-			return endOfStream(r.host.CloseWrite())
-		}
-		if err != nil {
-			return err
-		}
+	if err := splice.Copy(r.host, splice.NewReader(r.inner), nil, func(n int) { r.used(true, n) }); err != nil {
+		return err
 	}
+	return endOfStream(r.host.CloseWrite())
 }
 
 // copyDown copies from the host to the client until the host's end of stream.
 func (r *egressRelay) copyDown() error {
-	in := newEgressHostReader(r.host)
-	for {
-		buf, n, err := in.read()
-		if n > 0 {
-			r.used(false, n)
-			if _, werr := r.inner.Write(buf[:n]); werr != nil {
-				err = werr
-			}
-		}
-		if buf != nil {
-			egressBufs.Put(buf)
-		}
-		if errors.Is(err, io.EOF) {
-			return endOfStream(r.inner.CloseWrite())
-		}
-		if err != nil {
-			return err
-		}
+	if err := splice.Copy(r.inner, splice.NewReader(r.host), nil, func(n int) { r.used(false, n) }); err != nil {
+		return err
 	}
+	return endOfStream(r.inner.CloseWrite())
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/anytun-go/anytun/netstack"
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // egressUDPControl prepares a mapping's socket before it is bound.
@@ -122,7 +123,7 @@ type egressUDPReader struct {
 	try   func(fd uintptr) bool
 	woken bool // the poller, not read, made this attempt
 
-	buf  *egressBuf
+	buf  *splice.Buffer
 	hdr  unix.Msghdr
 	iov  unix.Iovec
 	name unix.RawSockaddrInet6 // also holds the smaller IPv4 one
@@ -152,12 +153,12 @@ func (r *egressUDPReader) read() (*egressRead, error) {
 
 // release gives the buffer of the last read back.
 func (r *egressUDPReader) release() {
-	egressBufs.Put(r.buf)
+	splice.Put(r.buf)
 	r.buf = nil
 }
 
 func (r *egressUDPReader) tryRead(fd uintptr) bool {
-	r.buf, r.err = egressBufs.Get().(*egressBuf), nil
+	r.buf, r.err = splice.Get(), nil
 	for range 64 {
 		errno := r.recvmsg(fd, 0)
 		switch errno {

@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"syscall"
+
+	"github.com/anytun-go/anytun/netstack/splice"
 )
 
 // egressUDPControl prepares a mapping's socket before it is bound.
@@ -36,7 +38,7 @@ func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 // egressUDPReader reads a socket.
 type egressUDPReader struct {
 	c   *net.UDPConn
-	buf *egressBuf
+	buf *splice.Buffer
 	got egressRead
 }
 
@@ -44,7 +46,7 @@ func (s *egressUDPSocket) reader() *egressUDPReader { return &egressUDPReader{c:
 
 // read waits for the next datagram.
 func (r *egressUDPReader) read() (*egressRead, error) {
-	r.buf = egressBufs.Get().(*egressBuf)
+	r.buf = splice.Get()
 	// Windows reports an ICMP error as a failed read; the next one may succeed.
 	for failed := 0; ; failed++ {
 		n, peer, err := r.c.ReadFromUDPAddrPort(r.buf[:])
@@ -61,6 +63,6 @@ func (r *egressUDPReader) read() (*egressRead, error) {
 
 // release gives the buffer of the last read back.
 func (r *egressUDPReader) release() {
-	egressBufs.Put(r.buf)
+	splice.Put(r.buf)
 	r.buf = nil
 }

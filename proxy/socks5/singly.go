@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/anytun-go/anytun/netstack/splice"
 	"github.com/anytun-go/anytun/proxy"
 )
 
@@ -74,7 +75,7 @@ func (s *singly) await() error {
 	if err := s.conn.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
-	if err := proxy.WaitReadable(s.conn); err != nil {
+	if err := splice.WaitReadable(s.conn); err != nil {
 		return err
 	}
 	s.buf = idleDatagrams.Get().(*datagram)

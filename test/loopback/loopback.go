@@ -1,5 +1,5 @@
-// Package loopback finds addresses for servers that a test must know before
-// they listen.
+// Package loopback has what tests on this host's own addresses need: connections,
+// and addresses for servers that a test must know before they listen.
 package loopback
 
 import (
@@ -8,6 +8,7 @@ import (
 	"net"
 	"runtime"
 	"testing"
+	"time"
 )
 
 // Addr returns a TCP address of this host that stays free until the test uses
@@ -33,4 +34,28 @@ func Addr(t testing.TB) string {
 	}
 	t.Fatal("no free address: ", err)
 	return ""
+}
+
+// TCPPair returns two ends of one TCP connection, with a deadline of 10 s, which
+// the end of the test closes.
+func TCPPair(t testing.TB) (a, b *net.TCPConn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ca, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cb, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []net.Conn{ca, cb} {
+		t.Cleanup(func() { c.Close() })
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	}
+	return ca.(*net.TCPConn), cb.(*net.TCPConn)
 }

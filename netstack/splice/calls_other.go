@@ -1,6 +1,6 @@
 //go:build !unix
 
-package proxy
+package splice
 
 // rawReads is false where the runtime's sockets don't work by readiness (Windows): a buffer is held while idle.
 const rawReads = false

@@ -1,4 +1,4 @@
-package proxy
+package splice
 
 import (
 	"bytes"
@@ -11,11 +11,13 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/anytun-go/anytun/netstack"
+	"github.com/anytun-go/anytun/test/loopback"
 )
 
 // stackPair returns two ends of a TCP connection between two netstacks.
@@ -92,10 +94,45 @@ type halfCloser interface {
 	CloseWrite() error
 }
 
-// TestRelayDirect sends much both ways at once between a kernel socket and a netstack, in pieces of all sizes, with
+// abort resets a connection.
+func abort(c net.Conn) {
+	switch c := c.(type) {
+	case *net.TCPConn:
+		_ = c.SetLinger(0)
+		c.Close()
+	case *netstack.Conn:
+		_ = c.Abort()
+	}
+}
+
+// relay copies both ways until both directions have ended and closes both ends. It passes the end of a stream on; any
+// error resets both. up and down are told what has passed from a, and to it.
+func relay(a, b halfCloser, up, down func(n int)) error {
+	errs := make(chan error, 2)
+	copyTo := func(to, from halfCloser, add func(n int)) {
+		err := Copy(to, NewReader(from), nil, add)
+		if err != nil {
+			abort(a)
+			abort(b)
+		} else {
+			_ = to.CloseWrite()
+		}
+		errs <- err
+	}
+	go copyTo(b, a, up)
+	go copyTo(a, b, down)
+	err := errors.Join(<-errs, <-errs)
+	a.Close()
+	b.Close()
+	return err
+}
+
+func uncounted(int) {}
+
+// TestCopy sends much both ways at once between a kernel socket and a netstack, in pieces of all sizes, with
 // readers that stop now and then so that every buffer on the way fills.
-func TestRelayDirect(t *testing.T) {
-	app, a := tcpPair(t)
+func TestCopy(t *testing.T) {
+	app, a := loopback.TCPPair(t)
 	b, far := stackPair(t)
 	if rawReads && (newDirect(a, b) == nil || newDirect(b, a) != nil) {
 		t.Fatal("the kernel's socket and the netstack's connection are taken for something else")
@@ -104,8 +141,7 @@ func TestRelayDirect(t *testing.T) {
 	_ = a.SetWriteBuffer(64 << 10)
 	relayed := make(chan error, 1)
 	go func() {
-		_, _, err := Relay(a, b)
-		relayed <- err
+		relayed <- relay(a, b, uncounted, uncounted)
 	}()
 	const size = 8 << 20
 	var wg sync.WaitGroup
@@ -153,21 +189,20 @@ func TestRelayDirect(t *testing.T) {
 	}
 	wg.Wait()
 	if err := <-relayed; err != nil {
-		t.Errorf("Relay: %v", err)
+		t.Errorf("Copy: %v", err)
 	}
 }
 
-// TestRelayDirectReset resets one end in the middle of a bulk transfer: the other end sees a reset, not an end.
-func TestRelayDirectReset(t *testing.T) {
+// TestCopyReset resets one end in the middle of a bulk transfer: the other end sees a reset, not an end.
+func TestCopyReset(t *testing.T) {
 	for _, kernel := range []bool{true, false} {
-		app, a := tcpPair(t)
+		app, a := loopback.TCPPair(t)
 		b, far := stackPair(t)
 		relayed := make(chan error, 1)
 		go func() {
-			_, _, err := Relay(a, b)
-			relayed <- err
+			relayed <- relay(a, b, uncounted, uncounted)
 		}()
-		var resets, other net.Conn = app, far
+		var resets, other halfCloser = app, far
 		if !kernel {
 			resets, other = far, app
 		}
@@ -175,37 +210,37 @@ func TestRelayDirectReset(t *testing.T) {
 		if _, err := io.ReadFull(other, make([]byte, 1<<20)); err != nil {
 			t.Fatal(err)
 		}
-		Abort(resets)
+		abort(resets)
 		if _, err := io.Copy(io.Discard, other); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("kernel %v: the other end read %v, want a reset", kernel, err)
 		}
 		if err := <-relayed; err == nil {
-			t.Errorf("kernel %v: Relay reports no error", kernel)
+			t.Errorf("kernel %v: Copy reports no error", kernel)
 		}
 	}
 }
 
-// TestRelayDirectFull: an application that doesn't read holds its sender up.
-func TestRelayDirectFull(t *testing.T) {
-	app, a := tcpPair(t)
+// TestCopyFull: an application that doesn't read holds its sender up.
+func TestCopyFull(t *testing.T) {
+	app, a := loopback.TCPPair(t)
 	b, far := stackPair(t)
-	r := relay{a: a, b: b}
 	relayed := make(chan struct{})
+	var down atomic.Int64
 	go func() {
 		defer close(relayed)
-		r.run(newIdleReader(a), newIdleReader(b), nil)
+		_ = relay(a, b, uncounted, func(n int) { down.Add(int64(n)) })
 	}()
 	_ = far.SetWriteDeadline(time.Now().Add(2 * time.Second))
 	n, err := io.Copy(far, &endless{})
 	if err == nil || n > 64<<20 {
 		t.Errorf("%d bytes were taken while nobody read: %v", n, err)
 	}
-	moved := r.bToA.Load()
+	moved := down.Load()
 	time.Sleep(50 * time.Millisecond)
-	if now := r.bToA.Load(); now != moved {
+	if now := down.Load(); now != moved {
 		t.Errorf("%d bytes went to an application that doesn't read, later %d", moved, now)
 	}
-	Abort(app)
+	abort(app)
 	<-relayed
 }
 
@@ -214,7 +249,7 @@ func TestDirectClosed(t *testing.T) {
 	if !rawReads {
 		t.Skip("this system's sockets aren't read through their file descriptors")
 	}
-	app, a := tcpPair(t)
+	app, a := loopback.TCPPair(t)
 	near, far := stackPair(t)
 	to, from := newDirect(a, near), newDirect(a, near)
 	if _, err := far.Write(make([]byte, 1000)); err != nil {
@@ -249,20 +284,20 @@ type endless struct{}
 
 func (*endless) Read(p []byte) (int, error) { return len(p), nil }
 
-// BenchmarkRelay moves 64 KiB through a relay between a kernel socket and a netstack.
-func BenchmarkRelay(b *testing.B) {
+// BenchmarkCopy copies 64 KiB between a kernel socket and a netstack.
+func BenchmarkCopy(b *testing.B) {
 	for _, down := range []bool{true, false} {
 		name := "up"
 		if down {
 			name = "down"
 		}
 		b.Run(name, func(b *testing.B) {
-			app, a := tcpPair(b)
+			app, a := loopback.TCPPair(b)
 			near, far := stackPair(b)
 			relayed := make(chan struct{})
 			go func() {
 				defer close(relayed)
-				_, _, _ = Relay(a, near)
+				_ = relay(a, near, uncounted, uncounted)
 			}()
 			var from, to halfCloser = app, far
 			if down {
@@ -290,5 +325,49 @@ func BenchmarkRelay(b *testing.B) {
 			_ = to.CloseWrite()
 			<-relayed
 		})
+	}
+}
+
+// TestReaderHoldsNoBuffer counts buffers that are out while both sides are silent.
+func TestReaderHoldsNoBuffer(t *testing.T) {
+	if !rawReads {
+		t.Skip("this system's sockets can't be waited for without a buffer")
+	}
+	_, a := loopback.TCPPair(t)
+	r := NewReader(a)
+	var out atomic.Int64
+	try := r.try
+	r.try = func(fd uintptr) bool {
+		ok := try(fd)
+		if r.buf != nil {
+			out.Add(1)
+		}
+		return ok
+	}
+	_ = a.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+	if b, _, err := r.Next(); b != nil || err == nil {
+		t.Errorf("read %v, %v from a silent connection", b, err)
+	}
+	if out.Load() != 0 || r.buf != nil {
+		t.Error("a buffer is held while nothing arrives")
+	}
+}
+
+// TestReaderAllocations: a chunk from an open connection costs no allocation.
+func TestReaderAllocations(t *testing.T) {
+	app, a := loopback.TCPPair(t)
+	r := NewReader(a)
+	chunk := make([]byte, 1000)
+	if n := testing.AllocsPerRun(200, func() {
+		if _, err := app.Write(chunk); err != nil {
+			t.Fatal(err)
+		}
+		b, _, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		Put(b)
+	}); n > 0.5 { // the garbage collector may empty the pool meanwhile
+		t.Errorf("%v allocations per chunk", n)
 	}
 }

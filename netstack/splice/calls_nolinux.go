@@ -1,6 +1,6 @@
 //go:build !linux
 
-package proxy
+package splice
 
 // waiting is 0 where nobody has tried how to ask: bytes are then copied through a buffer.
 func waiting(uintptr) int { return 0 }

@@ -1,4 +1,4 @@
-package proxy
+package splice
 
 import (
 	"errors"
@@ -24,7 +24,7 @@ const (
 	// directBytes is what ReadTo may write at once: the lender is locked meanwhile, and what arrives has to queue up.
 	directBytes = 256 << 10
 	// directLeast is how many bytes must be there at a time for the way from the socket to stay direct.
-	directLeast = relayBufferBytes / 4
+	directLeast = len(Buffer{}) / 4
 )
 
 var errEnough = errors.New("enough for now")
