@@ -6,7 +6,8 @@ import (
 	"net"
 )
 
-// Copy copies until the end of the stream, or until it fails.
+// Copy writes early, and then what from has, until the end of its stream, which is no error, or until it fails. add is
+// told of every piece how many bytes it had.
 func Copy(to net.Conn, from *Reader, early []byte, add func(int)) error {
 	if len(early) > 0 {
 		n, err := to.Write(early)
