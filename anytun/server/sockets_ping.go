@@ -250,7 +250,7 @@ func (e *sockets) pingInboundLoop(f *egressPingFlow) {
 	defer f.endFlow()
 	in := f.sock.reader()
 	for {
-		r, err := in.read()
+		r, err := in.read(true)
 		if err != nil {
 			return
 		}
@@ -270,7 +270,7 @@ func (e *sockets) rawPingLoop(raw *egressRawPing) {
 	defer raw.sock.close()
 	in := raw.sock.reader()
 	for {
-		r, err := in.read()
+		r, err := in.read(true)
 		if err != nil {
 			return
 		}

@@ -144,28 +144,44 @@ func listenEgressUDP(v6 bool) (*net.UDPConn, error) {
 	return u, nil
 }
 
+// egressGather is how many datagrams that have come are given to Output at once,
+// about: the client's end works on them while the next are read.
+const egressGather = 16
+
 // udpInboundLoop reads the mapping's socket until it is closed and gives what
 // arrives, from whomever, to the client.
 func (e *sockets) udpInboundLoop(f *egressUDPFlow) {
 	defer e.wg.Done()
 	defer e.flows.drop(f.flow)
 	defer f.sock.close()
-	client := f.flow.key.from
 	in := f.sock.reader()
 	for {
-		r, err := in.read()
+		r, err := in.read(true)
+		out := egressOuts.Get().(*egressOut)
+		for r != nil {
+			e.udpReceived(out, f.flow.key.from, r)
+			in.release()
+			if r = nil; len(out.pkts) < egressGather {
+				r, err = in.read(false)
+			}
+		}
+		e.flush(out)
+		egressOuts.Put(out)
 		if err != nil {
 			return
 		}
-		if r.failed {
-			// An ICMP error about a datagram of this mapping.
-			e.count.udpErrors.Add(1)
-			e.stack.RejectUDP(client, r.peer, r.data, r.code)
-		} else {
-			e.udpInbound(r.peer, client, r.data, r.size)
-		}
-		in.release()
 	}
+}
+
+// udpReceived puts what was read into out, or tells the client of an error.
+func (e *sockets) udpReceived(out *egressOut, client netip.AddrPort, r *egressRead) {
+	if r.failed {
+		// An ICMP error about a datagram of this mapping.
+		e.count.udpErrors.Add(1)
+		e.stack.RejectUDP(client, r.peer, r.data, r.code)
+		return
+	}
+	e.udpInbound(out, r.peer, client, r.data, r.size)
 }
 
 // egressRead is what one read of a UDP socket gave: datagrams of size bytes
@@ -182,47 +198,44 @@ type egressRead struct {
 // egressOut is the memory of one batch given to Output.
 type egressOut struct {
 	buf  [128 << 10]byte
+	used int
 	pkts [][]byte
 }
 
 var egressOuts = sync.Pool{New: func() any { return new(egressOut) }}
 
-// udpInbound gives the datagrams in data to the client, in one batch when they
-// need no fragments.
-func (e *sockets) udpInbound(peer, client netip.AddrPort, data []byte, size int) {
+// udpInbound puts the datagrams in data into out, for the client. Those that need
+// fragments leave at once.
+func (e *sockets) udpInbound(out *egressOut, peer, client netip.AddrPort, data []byte, size int) {
 	if e.policy.verdict(peer.Addr()) != egressAllow {
 		e.count.udpInForbidden.Add(1)
 		return
 	}
 	hl := ipHeaderLen(client.Addr()) + udpHeaderLen
-	out := egressOuts.Get().(*egressOut)
-	defer egressOuts.Put(out)
-	at := 0
 	for first := true; first || len(data) > 0; first = false {
 		d := data[:min(size, len(data))]
 		data = data[len(d):]
 		e.count.udpIn.Add(1)
 		e.count.udpBytesIn.Add(uint64(len(d)))
 		if hl+len(d) > e.cfg.MTU {
+			e.flush(out) // not to overtake those before
 			if err := e.stack.WriteUDP(peer, client, d); err != nil {
 				e.count.udpInFailed.Add(1)
 			}
 			continue
 		}
 		n := e.cfg.Headroom + hl + len(d) + e.cfg.Tailroom
-		if at+n > len(out.buf) {
+		if out.used+n > len(out.buf) {
 			e.flush(out)
-			at = 0
 		}
-		b := out.buf[at : at+n : at+n]
-		at += n
+		b := out.buf[out.used : out.used+n : out.used+n]
+		out.used += n
 		pkt := b[e.cfg.Headroom : e.cfg.Headroom+hl+len(d)]
 		copy(pkt[hl:], d)
 		putIPHeader(pkt, peer.Addr(), client.Addr(), protoUDP)
 		putUDPHeader(pkt, peer, client)
 		out.pkts = append(out.pkts, b)
 	}
-	e.flush(out)
 }
 
 // flush gives the batch to Output.
@@ -232,5 +245,5 @@ func (e *sockets) flush(out *egressOut) {
 	}
 	e.cfg.Output(out.pkts)
 	clear(out.pkts)
-	out.pkts = out.pkts[:0]
+	out.pkts, out.used = out.pkts[:0], 0
 }

@@ -56,11 +56,10 @@ func (s *egressUDPSocket) close() { s.c.Close() }
 
 // egressSender is the memory of one send.
 type egressSender struct {
-	in4     unix.SockaddrInet4
-	in6     unix.SockaddrInet6
-	v6      bool
+	name    unix.RawSockaddrInet6 // also holds the smaller IPv4 one
+	nameLen uintptr
 	payload []byte
-	err     error
+	errno   unix.Errno
 	try     func(fd uintptr) bool
 }
 
@@ -73,14 +72,10 @@ var egressSenders = sync.Pool{New: func() any {
 // trySend never asks to wait: Input serves all clients, and a datagram that
 // finds the host's buffer full is lost as on any full link.
 func (s *egressSender) trySend(fd uintptr) bool {
-	var to unix.Sockaddr = &s.in4
-	if s.v6 {
-		to = &s.in6
-	}
 	for range 3 {
-		s.err = unix.Sendto(int(fd), s.payload, unix.MSG_DONTWAIT, to)
-		//nolint:errorlint // system calls return bare errnos
-		switch s.err {
+		_, _, s.errno = unix.RawSyscall6(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(unsafe.SliceData(s.payload))),
+			uintptr(len(s.payload)), unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(&s.name)), s.nameLen)
+		switch s.errno {
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.EACCES, unix.EPROTO, unix.EMSGSIZE:
 			// Perhaps the report about an earlier datagram, which is taken
 			// off by being told; the reader finds its details.
@@ -94,26 +89,29 @@ func (s *egressSender) trySend(fd uintptr) bool {
 // send sends one datagram without waiting.
 func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 	w := egressSenders.Get().(*egressSender)
-	w.payload, w.v6 = payload, to.Addr().Is6()
-	if w.v6 {
-		w.in6.Port, w.in6.Addr = int(to.Port()), to.Addr().As16()
+	w.payload, w.errno = payload, 0
+	if to.Addr().Is4() {
+		in4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&w.name))
+		*in4 = unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: to.Addr().As4()}
+		w.nameLen = unix.SizeofSockaddrInet4
 	} else {
-		w.in4.Port, w.in4.Addr = int(to.Port()), to.Addr().As4()
+		w.name = unix.RawSockaddrInet6{Family: unix.AF_INET6, Addr: to.Addr().As16()}
+		w.nameLen = unix.SizeofSockaddrInet6
 	}
+	binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&w.name.Port))[:], to.Port())
 	err := s.raw.Write(w.try)
-	if err == nil {
-		err = w.err
-	}
-	w.payload, w.err = nil, nil
+	errno := w.errno
+	w.payload = nil
 	egressSenders.Put(w)
-	//nolint:errorlint // as above, or what RawConn says
-	switch err {
-	case nil:
+	switch {
+	case err != nil:
+		return err
+	case errno == 0:
 		return nil
-	case unix.EAGAIN, unix.ENOBUFS:
+	case errno == unix.EAGAIN, errno == unix.ENOBUFS:
 		return errEgressFull
 	}
-	return err
+	return errno
 }
 
 // egressUDPReader reads a socket with a buffer that is taken from the pool once
@@ -122,6 +120,7 @@ type egressUDPReader struct {
 	raw   syscall.RawConn
 	try   func(fd uintptr) bool
 	woken bool // the poller, not read, made this attempt
+	wait  bool
 
 	buf  *splice.Buffer
 	hdr  unix.Msghdr
@@ -139,13 +138,14 @@ func (s *egressUDPSocket) reader() *egressUDPReader {
 	return r
 }
 
-// read waits for the next datagrams or error report.
-func (r *egressUDPReader) read() (*egressRead, error) {
-	r.woken = false
+// read returns the next datagrams or error report. Where there is nothing it waits,
+// or returns nil.
+func (r *egressUDPReader) read(wait bool) (*egressRead, error) {
+	r.woken, r.wait = false, wait
 	if err := r.raw.Read(r.try); err != nil {
 		return nil, err
 	}
-	if r.err != nil {
+	if r.err != nil || r.buf == nil {
 		return nil, r.err
 	}
 	return &r.got, nil
@@ -171,7 +171,7 @@ func (r *egressUDPReader) tryRead(fd uintptr) bool {
 			if !r.woken {
 				r.woken = true
 				r.release()
-				return false
+				return !r.wait
 			}
 			// Woken for nothing: a report whose error a send has taken.
 		case unix.EBADF, unix.ENOTSOCK, unix.EFAULT, unix.EINVAL:
@@ -187,12 +187,12 @@ func (r *egressUDPReader) tryRead(fd uintptr) bool {
 		case unix.EAGAIN:
 			if errno == unix.EAGAIN {
 				r.release()
-				return false
+				return !r.wait
 			}
 		}
 	}
 	r.release()
-	return false
+	return !r.wait
 }
 
 // recvmsg reads into the reader's fields without allocating, which neither
@@ -208,7 +208,7 @@ func (r *egressUDPReader) recvmsg(fd uintptr, flags int) unix.Errno {
 	}
 	r.hdr.SetIovlen(1)
 	r.hdr.SetControllen(int(unsafe.Sizeof(r.oob)))
-	n, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.hdr)), uintptr(flags|unix.MSG_DONTWAIT))
+	n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.hdr)), uintptr(flags|unix.MSG_DONTWAIT))
 	r.n = int(n)
 	return errno
 }

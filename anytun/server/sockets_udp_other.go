@@ -44,8 +44,11 @@ type egressUDPReader struct {
 
 func (s *egressUDPSocket) reader() *egressUDPReader { return &egressUDPReader{c: s.c} }
 
-// read waits for the next datagram.
-func (r *egressUDPReader) read() (*egressRead, error) {
+// read waits for the next datagram, or returns nil.
+func (r *egressUDPReader) read(wait bool) (*egressRead, error) {
+	if !wait {
+		return nil, nil
+	}
 	r.buf = splice.Get()
 	// Windows reports an ICMP error as a failed read; the next one may succeed.
 	for failed := 0; ; failed++ {

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -186,6 +188,62 @@ func TestEgressUDPTrain(t *testing.T) {
 	}
 }
 
+// TestEgressUDPGather holds Output up while datagrams of two peers, some too large
+// for one packet, come in: what has come goes on together, in order.
+func TestEgressUDPGather(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere each datagram goes on by itself")
+	}
+	held, release := make(chan struct{}), make(chan struct{})
+	const many = 48
+	var batches atomic.Int64
+	r := newEgressRig(t, func(c *socketsConfig) {
+		output := c.Output
+		c.Output = func(pkts [][]byte) {
+			if batches.Add(1) == 1 {
+				close(held)
+				<-release
+			}
+			output(pkts)
+		}
+	})
+	c := r.socket()
+	var hosts [2]*net.UDPConn
+	for i := range hosts {
+		h, to := egressListenUDP(t, "127.0.0.1:0")
+		sendUDP(t, c, to, []byte("open"))
+		_, from := receiveUDP(t, h)
+		if err := h.SetDeadline(time.Now().Add(egressWait)); err != nil {
+			t.Fatal(err)
+		}
+		hosts[i] = h
+		if i == 0 {
+			sendUDP(t, h, from, []byte("0"))
+			<-held
+			continue
+		}
+		for k := 1; k <= many; k++ {
+			payload := fmt.Sprint(k)
+			if k%20 == 0 {
+				payload += strings.Repeat(" ", 3000) // several packets
+			}
+			sendUDP(t, hosts[k%2], from, []byte(payload))
+		}
+	}
+	close(release)
+	for k := range many + 1 {
+		got, from := receiveUDP(t, c)
+		if strings.TrimSpace(got) != fmt.Sprint(k) || from != hosts[k%2].LocalAddr().(*net.UDPAddr).AddrPort() {
+			t.Fatalf("datagram %d: %.10q from %s", k, got, from)
+		}
+	}
+	// One for the first, one for each 16, and three for each large one: the packets
+	// before it, its own, and those behind it.
+	if n := batches.Load(); n > 1+4+3*2 {
+		t.Errorf("%d datagrams in %d batches", many+1, n)
+	}
+}
+
 // TestUDPInbound cuts a train into packets, as a kernel with UDP_GRO gives it,
 // and checks every byte of them.
 func TestUDPInbound(t *testing.T) {
@@ -211,7 +269,9 @@ func TestUDPInbound(t *testing.T) {
 		for i := range data {
 			data[i] = byte(rand.Uint32())
 		}
-		e.udpInbound(c.peer, c.client, data, c.size)
+		out := new(egressOut)
+		e.udpInbound(out, c.peer, c.client, data, c.size)
+		e.flush(out)
 		if len(got) != len(c.sizes) || batches != 1 {
 			t.Errorf("%d bytes by %d: %d packets in %d batches", c.total, c.size, len(got), batches)
 			continue
@@ -490,7 +550,11 @@ func TestEgressUDPNoAllocs(t *testing.T) {
 	e := &sockets{cfg: socketsConfig{MTU: egressTestMTU, Headroom: 20, Tailroom: 16, Output: func([][]byte) {}}}
 	data := make([]byte, 12000)
 	client, peer := netip.AddrPortFrom(egressClient4, 1), netip.MustParseAddrPort("192.0.2.1:2")
-	if n := testing.AllocsPerRun(200, func() { e.udpInbound(peer, client, data, 1200) }); n != 0 {
+	out := new(egressOut)
+	if n := testing.AllocsPerRun(200, func() {
+		e.udpInbound(out, peer, client, data, 1200)
+		e.flush(out)
+	}); n != 0 {
 		t.Errorf("%v allocations for a train in", n)
 	}
 }
