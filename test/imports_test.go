@@ -34,10 +34,10 @@ var mayImport = map[string][]string{
 	"anytun/client":        {"anytun/wire", "anytun/session", "anytun/udp"},
 	"anytun/server": {
 		"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/nat", "anytun/registry",
-		"anytun/udp", "netstack", "netstack/splice",
+		"anytun/udp", "anytun/nowait", "netstack", "netstack/splice",
 	},
 	"netstack":        {},
-	"netstack/splice": {},
+	"netstack/splice": {"anytun/nowait"},
 	"proxy":           {"netstack/splice"},
 	"proxy/socks5":    {"proxy", "netstack/splice"},
 	"proxy/httpproxy": {"proxy"},

@@ -2,8 +2,14 @@ package nowait
 
 import (
 	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 )
 
@@ -90,5 +96,63 @@ func BenchmarkSyscall(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestOthersRun: a goroutine that always finds something to read must not keep the
+// only processor from one that waits for the network. The scheduler's monitor sees
+// to that, but it sleeps, once all is quiet, until it hears of a call.
+func TestOthersRun(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	zero, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer zero.Close()
+	// Another process, so that this one is quiet before.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	sh := exec.CommandContext(ctx, "sh", "-c", "sleep 0.3; echo; sleep 0.3; echo >&2; exec sleep 60")
+	out, err := sh.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	later, err := sh.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sh.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cancel()
+		_ = sh.Wait() // it was killed
+	}()
+	var stop atomic.Bool
+	go func() {
+		_, _ = later.Read(make([]byte, 1))
+		stop.Store(true)
+	}()
+	var c Caller
+	var p [1]byte
+	fd := zero.Fd()
+	wait, err := out.(*os.File).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Not out.Read, of which the scheduler hears.
+	if err := wait.Read(func(fd uintptr) bool {
+		_, errno := c.Syscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&p[0])), 1, 0, 0, 0)
+		return errno != syscall.EAGAIN
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for began := time.Now(); !stop.Load(); {
+		if _, errno := c.Syscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&p[0])), 1, 0, 0, 0); errno != 0 {
+			t.Fatal(errno)
+		}
+		if time.Since(began) > 10*time.Second {
+			t.Fatal("a goroutine that waits for a pipe never runs")
+		}
 	}
 }

@@ -13,4 +13,7 @@
 // a chain of wake-ups, and a CPU that sleeps is slow to wake, most of all in a
 // virtual machine; the monitor's short sleeps keep it from sleeping soundly. So
 // there the scheduler is told.
+//
+// It is told of some calls in any case: with the monitor asleep, goroutines that
+// always find something to do would keep the processor for ever.
 package nowait

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/anytun-go/anytun/anytun/nowait"
 	"github.com/anytun-go/anytun/netstack"
 	"github.com/anytun-go/anytun/netstack/splice"
 )
@@ -35,8 +36,9 @@ func egressUDPControl(network, _ string, c syscall.RawConn) error {
 
 // egressUDPSocket is a mapping's socket, for UDP or ICMP.
 type egressUDPSocket struct {
-	c   io.Closer
-	raw syscall.RawConn
+	c     io.Closer
+	raw   syscall.RawConn
+	calls nowait.Caller
 }
 
 func openEgressUDP(v6 bool) (*egressUDPSocket, error) {
@@ -59,6 +61,7 @@ type egressSender struct {
 	name    unix.RawSockaddrInet6 // also holds the smaller IPv4 one
 	nameLen uintptr
 	payload []byte
+	calls   *nowait.Caller
 	errno   unix.Errno
 	try     func(fd uintptr) bool
 }
@@ -73,7 +76,7 @@ var egressSenders = sync.Pool{New: func() any {
 // finds the host's buffer full is lost as on any full link.
 func (s *egressSender) trySend(fd uintptr) bool {
 	for range 3 {
-		_, _, s.errno = unix.RawSyscall6(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(unsafe.SliceData(s.payload))),
+		_, s.errno = s.calls.Syscall(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(unsafe.SliceData(s.payload))),
 			uintptr(len(s.payload)), unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(&s.name)), s.nameLen)
 		switch s.errno {
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.EACCES, unix.EPROTO, unix.EMSGSIZE:
@@ -89,7 +92,7 @@ func (s *egressSender) trySend(fd uintptr) bool {
 // send sends one datagram without waiting.
 func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 	w := egressSenders.Get().(*egressSender)
-	w.payload, w.errno = payload, 0
+	w.payload, w.calls, w.errno = payload, &s.calls, 0
 	if to.Addr().Is4() {
 		in4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(&w.name))
 		*in4 = unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: to.Addr().As4()}
@@ -101,7 +104,7 @@ func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 	binary.BigEndian.PutUint16((*[2]byte)(unsafe.Pointer(&w.name.Port))[:], to.Port())
 	err := s.raw.Write(w.try)
 	errno := w.errno
-	w.payload = nil
+	w.payload, w.calls = nil, nil
 	egressSenders.Put(w)
 	switch {
 	case err != nil:
@@ -118,6 +121,7 @@ func (s *egressUDPSocket) send(payload []byte, to netip.AddrPort) error {
 // there is something to read, one train of datagrams per system call.
 type egressUDPReader struct {
 	raw   syscall.RawConn
+	calls *nowait.Caller
 	try   func(fd uintptr) bool
 	woken bool // the poller, not read, made this attempt
 	wait  bool
@@ -133,7 +137,7 @@ type egressUDPReader struct {
 }
 
 func (s *egressUDPSocket) reader() *egressUDPReader {
-	r := &egressUDPReader{raw: s.raw}
+	r := &egressUDPReader{raw: s.raw, calls: &s.calls}
 	r.try = r.tryRead
 	return r
 }
@@ -208,7 +212,7 @@ func (r *egressUDPReader) recvmsg(fd uintptr, flags int) unix.Errno {
 	}
 	r.hdr.SetIovlen(1)
 	r.hdr.SetControllen(int(unsafe.Sizeof(r.oob)))
-	n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.hdr)), uintptr(flags|unix.MSG_DONTWAIT))
+	n, errno := r.calls.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.hdr)), uintptr(flags|unix.MSG_DONTWAIT), 0, 0, 0)
 	r.n = int(n)
 	return errno
 }

@@ -4,6 +4,8 @@ package splice
 
 import "golang.org/x/sys/unix"
 
-func sysRead(fd uintptr, p []byte) (int, error) { return unix.Read(int(fd), p) }
+type calls struct{}
 
-func sysWrite(fd uintptr, p []byte) (int, error) { return unix.Write(int(fd), p) }
+func (*calls) read(fd uintptr, p []byte) (int, error) { return unix.Read(int(fd), p) }
+
+func (*calls) write(fd uintptr, p []byte) (int, error) { return unix.Write(int(fd), p) }

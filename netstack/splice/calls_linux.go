@@ -4,28 +4,31 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/anytun-go/anytun/anytun/nowait"
 )
 
-// The calls that move bytes, on sockets that never make them wait, so Go's scheduler isn't told (see anytun/nowait).
+// calls are the system calls that move a stream's bytes.
+type calls struct{ caller nowait.Caller }
 
-// sysRead is unix.Read.
-func sysRead(fd uintptr, p []byte) (int, error) { return rawCall(unix.SYS_READ, fd, p) }
+// read is unix.Read.
+func (c *calls) read(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_READ, fd, p) }
 
-// sysWrite is unix.Write.
-func sysWrite(fd uintptr, p []byte) (int, error) { return rawCall(unix.SYS_WRITE, fd, p) }
+// write is unix.Write.
+func (c *calls) write(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_WRITE, fd, p) }
 
-func rawCall(trap, fd uintptr, p []byte) (int, error) {
-	n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+func (c *calls) move(trap, fd uintptr, p []byte) (int, error) {
+	n, errno := c.caller.Syscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}
 	return int(n), nil
 }
 
-// waiting is how many bytes of a stream can be read at once.
-func waiting(fd uintptr) int {
+// waiting is how many bytes can be read at once.
+func (c *calls) waiting(fd uintptr) int {
 	var n int32
-	if _, _, errno := unix.RawSyscall(unix.SYS_IOCTL, fd, unix.SIOCINQ, uintptr(unsafe.Pointer(&n))); errno != 0 {
+	if _, errno := c.caller.Syscall(unix.SYS_IOCTL, fd, unix.SIOCINQ, uintptr(unsafe.Pointer(&n)), 0, 0, 0); errno != 0 {
 		return 0
 	}
 	return int(n)

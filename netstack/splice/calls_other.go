@@ -2,12 +2,16 @@
 
 package splice
 
+type calls struct{}
+
 // rawReads is false where the runtime's sockets don't work by readiness (Windows): a buffer is held while idle.
 const rawReads = false
 
-func tryRead(uintptr, []byte) (n int, again bool, err error) { panic("not reached: rawReads is false") }
+func (*calls) tryRead(uintptr, []byte) (n int, again bool, err error) {
+	panic("not reached: rawReads is false")
+}
 
-func tryWrite(uintptr, []byte) (n int, again bool, err error) {
+func (*calls) tryWrite(uintptr, []byte) (n int, again bool, err error) {
 	panic("not reached: rawReads is false")
 }
 

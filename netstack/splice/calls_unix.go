@@ -11,9 +11,9 @@ import (
 // rawReads says that a socket may be read through its file descriptor.
 const rawReads = true
 
-func tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
+func (c *calls) tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 	for {
-		n, err = sysRead(fd, p)
+		n, err = c.read(fd, p)
 		switch {
 		case err == nil:
 			return n, false, nil
@@ -27,9 +27,9 @@ func tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 }
 
 // tryWrite writes at most p; again means that the socket takes nothing for now.
-func tryWrite(fd uintptr, p []byte) (n int, again bool, err error) {
+func (c *calls) tryWrite(fd uintptr, p []byte) (n int, again bool, err error) {
 	for {
-		n, err = sysWrite(fd, p)
+		n, err = c.write(fd, p)
 		switch {
 		case err == nil:
 			return n, false, nil

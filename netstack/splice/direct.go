@@ -35,6 +35,7 @@ type direct struct {
 	socket net.Conn
 	raw    syscall.RawConn
 	lender lender
+	calls  calls
 	try    func(fd uintptr) bool // a method value, made once since making it allocates
 
 	// The state of one try.
@@ -97,7 +98,7 @@ func (d *direct) Write(p []byte) (int, error) {
 	if d.left <= 0 {
 		return 0, errEnough
 	}
-	n, again, err := tryWrite(d.fd, p)
+	n, again, err := d.calls.tryWrite(d.fd, p)
 	switch {
 	case again:
 		d.full = true
@@ -141,14 +142,14 @@ func (d *direct) tryRead(fd uintptr) bool {
 }
 
 // Len is called by WriteFrom, before it takes a buffer.
-func (d *direct) Len() int { return waiting(d.fd) }
+func (d *direct) Len() int { return d.calls.waiting(d.fd) }
 
 // Read is called by WriteFrom for what Len has promised.
 func (d *direct) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	n, again, err := tryRead(d.fd, p)
+	n, again, err := d.calls.tryRead(d.fd, p)
 	if again {
 		err = syscall.EAGAIN
 	}

@@ -21,6 +21,8 @@ type Reader struct {
 	wait waiter
 	raw  syscall.RawConn
 
+	calls calls
+
 	// The result of attempt. try is the method value, made once since making it allocates.
 	try func(fd uintptr) bool
 	buf *Buffer
@@ -95,7 +97,7 @@ func (r *Reader) attempt(fd uintptr) bool {
 	if r.buf == nil {
 		r.buf = Get()
 	}
-	n, again, err := tryRead(fd, r.buf[:])
+	n, again, err := r.calls.tryRead(fd, r.buf[:])
 	if again {
 		Put(r.buf)
 		r.buf = nil
