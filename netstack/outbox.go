@@ -116,12 +116,15 @@ func (o *outbox) flush() {
 
 // await returns when no packet of p's connection is in the outbox any more.
 func (o *outbox) await(p *stack.PacketBuffer) {
-	flow := flowBit(p)
-	if o.flows.Load()&flow == 0 {
-		return
+	if flow := flowBit(p); o.flows.Load()&flow != 0 {
+		o.drain(flow)
 	}
+}
+
+// drain sends until no packet of a set of connections is in the outbox any more.
+func (o *outbox) drain(flows uint64) {
 	o.mu.Lock()
-	for (o.pendingFlows|o.sendingFlows)&flow != 0 {
+	for (o.pendingFlows|o.sendingFlows)&flows != 0 {
 		if o.sending {
 			o.idle.Wait()
 			continue
@@ -177,14 +180,5 @@ func (o *outbox) run() {
 func (o *outbox) close() {
 	close(o.quit)
 	<-o.done
-	o.mu.Lock()
-	for o.sending || o.pending != nil {
-		if o.sending {
-			o.idle.Wait()
-			continue
-		}
-		o.sendPending()
-		o.mu.Lock()
-	}
-	o.mu.Unlock()
+	o.drain(^uint64(0))
 }

@@ -9,7 +9,10 @@ import (
 )
 
 // calls are the system calls that move a stream's bytes.
-type calls struct{ caller nowait.Caller }
+type calls struct {
+	caller nowait.Caller
+	queued int32 // the answer to waiting: a variable of its own would be allocated each time
+}
 
 // read is unix.Read.
 func (c *calls) read(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_READ, fd, p) }
@@ -27,9 +30,9 @@ func (c *calls) move(trap, fd uintptr, p []byte) (int, error) {
 
 // waiting is how many bytes can be read at once.
 func (c *calls) waiting(fd uintptr) int {
-	var n int32
-	if _, errno := c.caller.Syscall(unix.SYS_IOCTL, fd, unix.SIOCINQ, uintptr(unsafe.Pointer(&n)), 0, 0, 0); errno != 0 {
+	c.queued = 0
+	if _, errno := c.caller.Syscall(unix.SYS_IOCTL, fd, unix.SIOCINQ, uintptr(unsafe.Pointer(&c.queued)), 0, 0, 0); errno != 0 {
 		return 0
 	}
-	return int(n)
+	return int(c.queued)
 }
