@@ -94,7 +94,6 @@ func EmitStack(e *Emit, side string, s netstack.Stats) {
 		"foreign_icmp": s.DropForeignICMP,
 		"oversize":     s.DropOversize,
 		"no_room":      s.DropNoRoom,
-		"queue_full":   s.DropQueue,
 		"closed":       s.DropClosed,
 		"forward_full": s.TCPForwardFull,
 		"udp_buffer":   s.UDPBufferErrors,

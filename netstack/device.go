@@ -21,8 +21,7 @@ import (
 //	              final place, with room for the tunnel's header and tag
 //	batch.flush   hands all of it to Config.Output
 //
-// A packet is dropped only when it exceeds the MTU, when the stack is closed, or
-// when it is small and too many wait while Output blocks.
+// A packet is dropped only when it exceeds the MTU or when the stack is closed.
 
 const (
 	// gsoMaxSize bounds a super-segment, in bytes: 60 KiB make a batch that
@@ -152,14 +151,19 @@ type batch struct {
 // first. n is at most the MTU.
 func (b *batch) next(n int) []byte {
 	d := b.dev
-	size := d.headroom + n + d.tailroom
-	if b.used+size > len(b.buf) {
+	if !b.fits(n) {
 		b.flush()
 	}
+	size := d.headroom + n + d.tailroom
 	p := b.buf[b.used : b.used+size : b.used+size]
 	b.used += size
 	b.pkts = append(b.pkts, p)
 	return p[d.headroom : d.headroom+n]
+}
+
+// fits reports whether the buffer has room for a packet of n bytes.
+func (b *batch) fits(n int) bool {
+	return b.used+b.dev.headroom+n+b.dev.tailroom <= len(b.buf)
 }
 
 // flush sends what is in the batch and empties it.

@@ -37,7 +37,7 @@ const (
 )
 
 // outbox gathers small packets. While one batch is being sent the next one may
-// grow beyond fullOutbox, up to its buffer's size; then packets are dropped.
+// grow beyond fullOutbox, up to its buffer's size; then who has more waits.
 type outbox struct {
 	dev  *device
 	wake chan struct{} // run has something to do; room for one
@@ -74,15 +74,13 @@ func flowBit(p *stack.PacketBuffer) uint64 {
 func (o *outbox) put(p *stack.PacketBuffer, strip bool) {
 	d := o.dev
 	o.mu.Lock()
+	for o.pending != nil && !o.pending.fits(p.Size()) {
+		o.proceed()
+	}
 	b := o.pending
-	switch {
-	case b == nil:
+	if b == nil {
 		b = d.batch()
 		o.pending = b
-	case b.used+d.headroom+p.Size()+d.tailroom > len(b.buf):
-		o.mu.Unlock()
-		d.counters.dropQueue.Add(1)
-		return
 	}
 	first := len(b.pkts) == 0
 	b.put(p, strip)
@@ -125,14 +123,20 @@ func (o *outbox) await(p *stack.PacketBuffer) {
 func (o *outbox) drain(flows uint64) {
 	o.mu.Lock()
 	for (o.pendingFlows|o.sendingFlows)&flows != 0 {
-		if o.sending {
-			o.idle.Wait()
-			continue
-		}
-		o.sendPending()
-		o.mu.Lock()
+		o.proceed()
 	}
 	o.mu.Unlock()
+}
+
+// proceed waits for what is being sent, or else sends what is pending. It is called
+// with mu held, and gives it up meanwhile.
+func (o *outbox) proceed() {
+	if o.sending {
+		o.idle.Wait()
+		return
+	}
+	o.sendPending()
+	o.mu.Lock()
 }
 
 // sendPending sends what is pending. It is called with mu held, and returns

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -98,39 +99,49 @@ func TestOutboxKeepsOrder(t *testing.T) {
 	r.want([]string{"1:10+1"}, []string{"1:11+1300", "1:1311+1300"})
 }
 
-// While Output blocks, small packets wait, as many as there is room for.
+// While Output blocks, small packets wait, as many as there is room for. Who has
+// more waits, too, and nothing is lost.
 func TestOutboxBehindABlockedOutput(t *testing.T) {
 	r := newOutRig(t)
 	r.gate = make(chan struct{})
 	r.write(1, 0, 1)
-	flushed := make(chan struct{})
-	go func() { r.small.flush(); close(flushed) }()
+	var writers sync.WaitGroup
+	writers.Go(r.small.flush)
 	for !r.sending() {
 		runtime.Gosched()
 	}
-	n := uint32(1)
-	for ; r.counters.dropQueue.Load() == 0; n++ {
-		if n > 1000000 {
-			t.Fatal("the outbox has no bound")
+	const size, packets = 1000, 1000
+	var done atomic.Uint32
+	writers.Go(func() {
+		for n := uint32(1); n <= packets; n++ {
+			r.write(1, n, size)
+			done.Store(n)
 		}
-		r.write(1, n, 1000)
+		r.write(1, packets+1, 2600)
+	})
+	room := uint32(batchSize / (size + 40))
+	for done.Load() < room {
+		runtime.Gosched()
 	}
-	if n < fullOutbox {
-		t.Errorf("%d packets fill the outbox", n)
+	for range 100 {
+		runtime.Gosched()
+		if n := done.Load(); n != room {
+			t.Fatalf("%d packets wait, and there is room for %d", n, room)
+		}
 	}
-	big := make(chan struct{})
-	go func() { r.write(1, n, 2600); close(big) }()
 	close(r.gate)
-	<-flushed
-	<-big
-	got := r.sent()
-	if len(got) != 3 || len(got[0]) != 1 || len(got[1]) != int(n)-2 || len(got[2]) != 2 {
-		t.Fatalf("%d batches", len(got))
+	writers.Wait()
+	var got []string
+	for _, b := range r.sent() {
+		got = append(got, b...)
 	}
-	for i, s := range got[1] {
-		if want := fmt.Sprintf("1:%d+1000", i+1); s != want {
-			t.Fatalf("%s, want %s", s, want)
-		}
+	want := []string{"1:0+1"}
+	for n := range packets {
+		want = append(want, fmt.Sprintf("1:%d+%d", n+1, size))
+	}
+	want = append(want, fmt.Sprintf("1:%d+1300", packets+1), fmt.Sprintf("1:%d+1300", packets+1301))
+	if !slices.Equal(got, want) {
+		t.Fatalf("%d packets, want %d: %v", len(got), len(want), got)
 	}
 }
 

@@ -217,7 +217,9 @@ func TestOutage(t *testing.T) {
 	if err != nil || string(b[:n]) != "into the dark" {
 		t.Fatalf("%q, %v", b[:n], err)
 	}
-	_, _ = idle.Write([]byte("hello"))
+	if _, err := idle.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
 	if n, err := idlePeer.Read(b); err != nil || string(b[:n]) != "hello" {
 		t.Fatalf("%q, %v", b[:n], err)
 	}

@@ -14,7 +14,6 @@ type Stats struct {
 	DropForeignICMP uint64 // Input: ICMP to an address not our own that is no error message
 	DropOversize    uint64 // Output: a packet larger than the MTU
 	DropNoRoom      uint64 // Input: segments, joined ones counted once, that a connection's receive buffer had no room for
-	DropQueue       uint64 // Output: a small packet, while too many waited for Output to return
 	DropClosed      uint64 // Input or Output after Close
 
 	AcksHeld       uint64 // duplicate acknowledgements held back in case it was only reordering
@@ -42,11 +41,11 @@ type Stats struct {
 
 // counters are those of the device.
 type counters struct {
-	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches                      atomic.Uint64
-	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropQueue, dropClosed atomic.Uint64
-	forwardFull                                                                       atomic.Uint64
-	heldAcks, heldDropped, heldReleased, mended, superseded                           atomic.Uint64
-	gapResent, gapNudged                                                              atomic.Uint64
+	packetsIn, bytesIn, packetsOut, bytesOut, delivered, batches           atomic.Uint64
+	dropMalformed, dropProtocol, dropForeignICMP, dropOversize, dropClosed atomic.Uint64
+	forwardFull                                                            atomic.Uint64
+	heldAcks, heldDropped, heldReleased, mended, superseded                atomic.Uint64
+	gapResent, gapNudged                                                   atomic.Uint64
 }
 
 // Stats returns the counters.
@@ -65,7 +64,6 @@ func (s *Stack) Stats() Stats {
 		DropForeignICMP: c.dropForeignICMP.Load(),
 		DropOversize:    c.dropOversize.Load(),
 		DropNoRoom:      g.DroppedPackets.Value(),
-		DropQueue:       c.dropQueue.Load(),
 		DropClosed:      c.dropClosed.Load(),
 		AcksHeld:        c.heldAcks.Load(),
 		AcksDropped:     c.heldDropped.Load(),
