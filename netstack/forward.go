@@ -14,6 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/anytun-go/anytun/netstack/deep"
 )
 
 // tcpForwarder turns SYNs nobody listens for into requests. gVisor's Forwarder
@@ -97,6 +99,7 @@ func (f *tcpForwarder) release(id stack.TransportEndpointID) {
 // serve runs the handler, on a goroutine that gVisor's Forwarder started.
 func (f *tcpForwarder) serve(g *tcp.ForwarderRequest) {
 	defer f.s.handlers.Done()
+	deep.Stack()
 	f.mu.Lock()
 	r := f.pending[g.ID()]
 	f.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 
+	"github.com/anytun-go/anytun/netstack/deep"
 	"github.com/anytun-go/anytun/netstack/splice"
 )
 
@@ -38,16 +39,15 @@ func protocolOf(first byte) protocol {
 	return protocolUnknown
 }
 
-// serveConn is the life of one connection up to the tunnel, which goes on in tunnelLoop: a handshake needs a deep stack,
-// and this goroutine would keep it for as long as the tunnel is open.
+// serveConn is the life of one connection.
 func (s *Server) serveConn(ctx context.Context, nc net.Conn) {
+	deep.Stack()
 	c := newConn(nc)
 	if s.remember(c) {
 		s.handshake(ctx, c)
 	}
 	if c.tunnel.Load() != nil {
-		go s.tunnelLoop(c)
-		return
+		s.runTunnel(c)
 	}
 	s.forget(c)
 }
@@ -82,8 +82,8 @@ func (s *Server) handshake(ctx context.Context, c *Conn) {
 	h.Serve(ctx, s, c)
 }
 
-// tunnelLoop is the rest of a connection's life, on a small stack of its own.
-func (s *Server) tunnelLoop(c *Conn) {
+// runTunnel relays what a handler has handed over.
+func (s *Server) runTunnel(c *Conn) {
 	r := c.tunnel.Load()
 	s.counters.openTunnels.Add(1)
 	r.run(c.idle, splice.NewReader(r.b), c.TakeEarly())
@@ -91,16 +91,7 @@ func (s *Server) tunnelLoop(c *Conn) {
 	if r.expired.Load() {
 		s.counters.idleTunnels.Add(1)
 	}
-	s.logTunnel(c)
-	s.forget(c)
-}
-
-// logTunnel is not part of tunnelLoop, whose frame should stay small.
-//
-//go:noinline
-func (s *Server) logTunnel(c *Conn) {
 	if s.log.Enabled(context.Background(), slog.LevelDebug) {
-		r := c.tunnel.Load()
 		s.log.Debug("tunnel ended", "remote", c.RemoteAddr(), "out", r.aToB.Load(), "in", r.bToA.Load(), "error", r.err)
 	}
 }

@@ -34,11 +34,12 @@ var mayImport = map[string][]string{
 	"anytun/client":        {"anytun/wire", "anytun/session", "anytun/udp"},
 	"anytun/server": {
 		"anytun/wire", "anytun/session", "anytun/packet", "anytun/portblock", "anytun/nat", "anytun/registry",
-		"anytun/udp", "anytun/nowait", "netstack", "netstack/splice",
+		"anytun/udp", "anytun/nowait", "netstack", "netstack/deep", "netstack/splice",
 	},
-	"netstack":        {},
+	"netstack":        {"netstack/deep"},
+	"netstack/deep":   {},
 	"netstack/splice": {"anytun/nowait"},
-	"proxy":           {"netstack/splice"},
+	"proxy":           {"netstack/deep", "netstack/splice"},
 	"proxy/socks5":    {"proxy", "netstack/splice"},
 	"proxy/httpproxy": {"proxy"},
 	// What both programs do alike: settings, signals, the admin page, and its

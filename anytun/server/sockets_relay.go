@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 
+	"github.com/anytun-go/anytun/netstack/deep"
 	"github.com/anytun-go/anytun/netstack/splice"
 )
 
@@ -70,6 +71,7 @@ func (r *egressRelay) run() error {
 // downLoop is the goroutine of the direction to the client.
 func (r *egressRelay) downLoop(done chan<- struct{}) {
 	defer close(done)
+	deep.Stack()
 	if err := r.copyDown(); err != nil {
 		r.fail(err)
 	}
