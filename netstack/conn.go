@@ -169,6 +169,17 @@ func (c *Conn) failure(err tcpip.Error) syscall.Errno {
 	return n
 }
 
+// Ended reports whether the peer's FIN has arrived, so that what can be read now is all
+// that there will be.
+func (c *Conn) Ended() bool {
+	switch tcp.EndpointState(c.ep.State()) {
+	case tcp.StateCloseWait, tcp.StateLastAck, tcp.StateClosing, tcp.StateTimeWait:
+		return true
+	default:
+		return false
+	}
+}
+
 // ReadTo passes what has arrived to w without copying it: w is given the stack's
 // own buffers, which it must not keep. It returns the number of bytes that w has
 // taken. It doesn't wait: where nothing has arrived, or w has taken nothing, that

@@ -8,4 +8,4 @@ type calls struct{}
 
 func (*calls) read(fd uintptr, p []byte) (int, error) { return unix.Read(int(fd), p) }
 
-func (*calls) write(fd uintptr, p []byte) (int, error) { return unix.Write(int(fd), p) }
+func (*calls) write(fd uintptr, p []byte, _ bool) (int, error) { return unix.Write(int(fd), p) }

@@ -15,13 +15,18 @@ type calls struct {
 }
 
 // read is unix.Read.
-func (c *calls) read(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_READ, fd, p) }
+func (c *calls) read(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_READ, fd, p, 0) }
 
-// write is unix.Write.
-func (c *calls) write(fd uintptr, p []byte) (int, error) { return c.move(unix.SYS_WRITE, fd, p) }
+// write is unix.Write, or if more follows unix.Send with MSG_MORE, which saves a segment, and a wake-up of its receiver.
+func (c *calls) write(fd uintptr, p []byte, more bool) (int, error) {
+	if more {
+		return c.move(unix.SYS_SENDTO, fd, p, unix.MSG_MORE|unix.MSG_NOSIGNAL)
+	}
+	return c.move(unix.SYS_WRITE, fd, p, 0)
+}
 
-func (c *calls) move(trap, fd uintptr, p []byte) (int, error) {
-	n, errno := c.caller.Syscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
+func (c *calls) move(trap, fd uintptr, p []byte, flags uintptr) (int, error) {
+	n, errno := c.caller.Syscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), flags, 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}

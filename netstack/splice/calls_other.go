@@ -11,7 +11,7 @@ func (*calls) tryRead(uintptr, []byte) (n int, again bool, err error) {
 	panic("not reached: rawReads is false")
 }
 
-func (*calls) tryWrite(uintptr, []byte) (n int, again bool, err error) {
+func (*calls) tryWrite(uintptr, []byte, bool) (n int, again bool, err error) {
 	panic("not reached: rawReads is false")
 }
 

@@ -26,10 +26,11 @@ func (c *calls) tryRead(fd uintptr, p []byte) (n int, again bool, err error) {
 	}
 }
 
-// tryWrite writes at most p; again means that the socket takes nothing for now.
-func (c *calls) tryWrite(fd uintptr, p []byte) (n int, again bool, err error) {
+// tryWrite writes at most p; again means that the socket takes nothing for now. more: something follows at once, be it the
+// end of the stream, with which p may leave.
+func (c *calls) tryWrite(fd uintptr, p []byte, more bool) (n int, again bool, err error) {
 	for {
-		n, err = c.write(fd, p)
+		n, err = c.write(fd, p, more)
 		switch {
 		case err == nil:
 			return n, false, nil

@@ -9,10 +9,12 @@ import (
 )
 
 // lender is a connection whose own buffers are read and filled in place (netstack's), so that bytes go between them and a
-// kernel socket without a copy here. ReadTo and WriteFrom don't wait, WaitReadable and WaitWritable wait for them.
+// kernel socket without a copy here. ReadTo and WriteFrom don't wait, WaitReadable and WaitWritable wait for them. Ended:
+// ReadTo gives what has arrived, and no more will.
 type lender interface {
 	waiter
 	ReadTo(w io.Writer) (int, error)
+	Ended() bool
 	WaitWritable() error
 	WriteFrom(r interface {
 		io.Reader
@@ -40,6 +42,7 @@ type direct struct {
 
 	// The state of one try.
 	fd   uintptr
+	last bool  // ReadTo: the end of the stream follows, so that nothing needs to leave before it
 	left int   // ReadTo: bytes it may still write
 	full bool  // the socket takes no more for now, or has nothing more
 	n    int   // bytes moved
@@ -88,7 +91,7 @@ func (d *direct) toSocket() (int, error) {
 
 // tryWrite is given to RawConn.Write: false means wait until the socket is writable.
 func (d *direct) tryWrite(fd uintptr) bool {
-	d.fd, d.left, d.full, d.bad = fd, directBytes, false, nil
+	d.fd, d.last, d.left, d.full, d.bad = fd, d.lender.Ended(), directBytes, false, nil
 	d.n, d.err = d.lender.ReadTo(d)
 	return d.n > 0 || !d.full || d.err != nil || d.bad != nil
 }
@@ -98,7 +101,7 @@ func (d *direct) Write(p []byte) (int, error) {
 	if d.left <= 0 {
 		return 0, errEnough
 	}
-	n, again, err := d.calls.tryWrite(d.fd, p)
+	n, again, err := d.calls.tryWrite(d.fd, p, d.last)
 	switch {
 	case again:
 		d.full = true

@@ -7,7 +7,8 @@ import (
 )
 
 // Copy writes early, and then what from has, until the end of its stream, which is no error, or until it fails. add is
-// told of every piece how many bytes it had.
+// told of every piece how many bytes it had. After the end the caller closes to, or its direction: the kernel may keep
+// the last bytes for the FIN.
 func Copy(to net.Conn, from *Reader, early []byte, add func(int)) error {
 	if len(early) > 0 {
 		n, err := to.Write(early)
