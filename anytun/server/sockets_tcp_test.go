@@ -276,6 +276,7 @@ func TestEgressCloseClient(t *testing.T) {
 func TestEgressTCPIdle(t *testing.T) {
 	r := newEgressRig(t)
 	ln, to := egressListenTCP(t, "127.0.0.1:0")
+	var exchanged uint64
 	exchange := func(c *netstack.Conn, h *net.TCPConn) {
 		t.Helper()
 		if _, err := c.Write([]byte("x")); err != nil {
@@ -284,6 +285,8 @@ func TestEgressTCPIdle(t *testing.T) {
 		if _, err := io.ReadFull(h, make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
+		exchanged++
+		egressUntil(t, "the byte to be counted", func() bool { return r.e.Stats().TCPBytesUp == exchanged })
 	}
 	idle := r.dial(to)
 	exchange(idle, egressAccept(t, ln))
